@@ -1,0 +1,185 @@
+"""GRPO: group relative policy optimisation of a vision-language model, from rewards that can be checked.
+
+Paper: DeepSeekMath, arXiv 2402.03300, section 4. For each problem the policy samples a group of G answers; an answer
+is credited with how much better it is than its group, and every one of its tokens shares that credit:
+
+    A_i  = (R_i − mean R) / (std R + 1e-6)                  R = 0.9·accuracy + 0.1·format, std over n − 1        (1)
+    ρ_bt = π_θ(o_bt | image, question, o_b,<t) / π_old(o_bt | …)                                                 (2)
+    ℓ_bt = −min(ρ_bt·A_b, clip(ρ_bt, 1 − ε_low, 1 + ε_high)·A_b)                                                 (3)
+    L    = Σ_bt weight_bt·ℓ_bt / Σ_bt weight_bt  +  β·mean_bt k3_bt                                              (4)
+    k3   = exp(d) − d − 1,    d = log π_ref − log π_θ                                                            (5)
+
+Both sums of (4) run over the whole optimiser batch: all micro-batches, all processes.
+
+Departures from the paper, as in today's recipes for vision-language models:
+ 1. weight is 1 on every answer token (a mean over tokens). The paper's mean over each answer first, 1/|o_i|, is
+    --average answer: only another weight.
+ 2. β is 0, and then no reference model is loaded. With --beta the reference is the starting model throughout. k3
+    averages to KL(π_θ‖π_ref); differentiated as a loss it gives the gradient of KL(π_ref‖π_θ).
+ 3. The vision tower is frozen unless --train_vision.
+ 4. Groups whose advantages are all zero are not read: they have no gradient. Their tokens still count in (4).
+
+Shapes: P problems, G answers to each, B = P·G answers, T tokens of the longest. weight is 0 after an answer's end.
+
+    python grpo.py                                                              a laptop, minutes
+    accelerate launch grpo.py --model Qwen/Qwen2.5-VL-7B-Instruct               the paper's size, several GPUs
+
+A healthy run: accuracy rises, entropy falls, frac_reward_zero_std rises as problems are mastered, sampler_gap stays
+tiny (bf16: about 0.01). With one update per rollout the ratio is 1: the loss says nothing, it stays near 0.
+"""
+
+import torch
+
+from common import (
+    Run, UserError, format_reward, grade, launch, load_policy, load_problems, read, sample, token_logps,
+)
+
+# --- the algorithm ----------------------------------------------------------------------------------------------------
+
+
+def group_advantages(rewards_PG):
+    """(P, G) → (P, G). Eq. (1); exactly 0 where a group's rewards are all equal, whatever fp32 makes of their std."""
+    centred_PG = rewards_PG - rewards_PG.mean(1, keepdim=True)
+    advantages_PG = centred_PG / (rewards_PG.std(1, keepdim=True) + 1e-6)
+    equal_P1 = rewards_PG.amax(1, keepdim=True) == rewards_PG.amin(1, keepdim=True)
+    return advantages_PG.masked_fill(equal_P1, 0.0)
+
+
+def policy_loss(logp_BT, old_logp_BT, advantage_BT, epsilon, epsilon_high):
+    """(B, T) → (B, T), per token and unreduced. Eq. (2) and (3)."""
+    ratio_BT = torch.exp(logp_BT - old_logp_BT)
+    clipped_BT = ratio_BT.clamp(1 - epsilon, 1 + epsilon_high)
+    return -torch.minimum(ratio_BT * advantage_BT, clipped_BT * advantage_BT)
+
+
+def is_clipped(logp_BT, old_logp_BT, advantage_BT, epsilon, epsilon_high):
+    """(B, T) of 0/1: where the clip of eq. (3) takes the gradient away."""
+    ratio_BT = torch.exp(logp_BT - old_logp_BT)
+    too_good, too_bad = ratio_BT > 1 + epsilon_high, ratio_BT < 1 - epsilon
+    return ((too_good & (advantage_BT > 0)) | (too_bad & (advantage_BT < 0))).float()
+
+
+def token_weights(mask_BT, average):
+    """(B, T) → (B, T). "token": every token counts the same; "answer": every answer does, 1/|o_b| to a token."""
+    return mask_BT if average == "token" else mask_BT / mask_BT.sum(1, keepdim=True)
+
+
+def k3(logp_BT, ref_logp_BT):
+    """(B, T) → (B, T). Eq. (5): never negative, 0 where the policies agree, unbiased for KL(π_θ‖π_ref)."""
+    d_BT = ref_logp_BT - logp_BT
+    return torch.exp(d_BT) - d_BT - 1
+
+
+def adapted_beta(beta, kl, target, answers):
+    """β after a step of `answers` answers whose mean KL was `kl`: moved towards the target (Ziegler et al. 2019)."""
+    error = min(max(kl / target - 1, -0.2), 0.2) if target else 0.0
+    return beta * (1 + error * answers / 10_000)
+
+
+# --- the run ----------------------------------------------------------------------------------------------------------
+
+RECIPE = dict(prompts_per_step=512, updates_per_step=4, learning_rate=1e-6, max_completion_length=2048)
+TOY = dict(
+    dataset="toy@train", eval_dataset="toy@test", prompts_per_step=64, updates_per_step=1, learning_rate=1e-4,
+    warmup_steps=15, max_steps=100, max_completion_length=64, micro_batch_size=64, train_vision=True,
+    gradient_checkpointing=False,
+)
+
+
+def flags(parser):
+    parser.add_argument("--epsilon", type=float, default=0.2, help="ε_low, how far the ratio may fall")
+    parser.add_argument("--epsilon_high", type=float, default=0.2, help="ε_high, how far the ratio may rise")
+    parser.add_argument("--average", choices=("token", "answer"), default="token", help="what counts the same in (4)")
+    parser.add_argument("--beta", type=float, default=0.0, help="β, weight of the KL to the starting model")
+    parser.add_argument("--kl_target", type=float, default=0.0, help="adapt β towards this KL (0: β stays)")
+    parser.add_argument("--mask_truncated", action="store_true", help="leave answers that hit the limit out of (4)")
+
+
+def update(run, policy, rollout, plan, advantage_BT, weight_BT, old_logp_BT, ref_logp_BT):
+    """The optimiser updates of one rollout, eq. (2) to (5); returns their metrics, averaged over the updates.
+
+    old_logp_BT is None when there is one update only: then π_old is the policy being read, ρ is 1 and the gradient is
+    REINFORCE's. ref_logp_BT is None without a reference.
+    """
+    args, mask_BT, updates = run.args, rollout.mask_BT, len(plan)
+    totals = dict(loss=0.0, kl=0.0, clip_fraction=0.0, grad_norm=0.0, gap=0.0, read=0.0)
+    for passes, weight_of, mask_of in zip(plan, weight_BT.chunk(updates), mask_BT.chunk(updates)):
+        # Both normalisers of (4) are whole before the first pass: all micro-batches, all processes.
+        weights, tokens = run.sum(weight_of.sum()).clamp_min(1e-6), run.sum(mask_of.sum())
+        for batch, alive in passes:
+            mask_bT, weight_bT = alive * mask_BT[batch], alive * weight_BT[batch]
+            logp_bT = read(token_logps, rollout[batch], policy)
+            old_logp_bT = logp_bT.detach() if old_logp_BT is None else old_logp_BT[batch]
+            terms = logp_bT, old_logp_bT, advantage_BT[batch], args.epsilon, args.epsilon_high
+            loss = (policy_loss(*terms) * weight_bT).sum() / weights
+            if ref_logp_BT is not None:
+                kl = (k3(logp_bT, ref_logp_BT[batch]) * mask_bT).sum() / tokens
+                loss = loss + run.state["beta"] * kl
+                totals["kl"] += kl.detach() / updates
+            (loss * run.world).backward()  # sharded gradients are averaged over the processes, but (4) is a sum
+            totals["loss"] += loss.detach() / updates
+            totals["clip_fraction"] += (is_clipped(*terms) * weight_bT).sum() / weights / updates
+            totals["gap"] += ((old_logp_bT - rollout.logp_BT[batch]).abs() * mask_bT).sum()
+            totals["read"] += mask_bT.sum()
+        totals["grad_norm"] += run.optimizer_step() / updates / run.world
+    totals = {name: float(run.sum(total)) for name, total in totals.items()}
+    totals["sampler_gap"] = totals.pop("gap") / max(1.0, totals.pop("read"))
+    return totals if ref_logp_BT is not None else {k: v for k, v in totals.items() if k != "kl"}
+
+
+def main(args):
+    if args.num_generations < 2:
+        raise UserError(f"--num_generations is {args.num_generations}: a group needs at least 2 answers to compare")
+    run = Run(args)
+    problems, held_out = load_problems(args.dataset), load_problems(args.eval_dataset)
+    policy, processor = load_policy(args.model, run, train=True)
+    reference = load_policy(args.model, run)[0] if args.beta else None
+    run.state["beta"] = args.beta
+    run.begin(policy, processor, problems, held_out)
+
+    for step in run.steps():
+        # --- sample: G answers to each of this step's problems ---------------------------------------------------------
+        rollout = sample(
+            policy, processor, run.draw(problems, step), args.num_generations, seed=(args.seed, step),
+            max_completion_length=args.max_completion_length, temperature=args.temperature,
+            sample_batch_size=args.sample_batch_size,
+        )
+        mask_BT = rollout.mask_BT
+        run.lap("sample")
+
+        # --- score: how good is each answer? ---------------------------------------------------------------------------
+        accuracy_PG, format_PG = rollout.score(grade), rollout.score(format_reward)
+        rewards_PG = 0.9 * accuracy_PG + 0.1 * format_PG
+
+        # --- credit: how much of it does each token carry? -------------------------------------------------------------
+        advantages_PG = group_advantages(rewards_PG)
+        advantage_BT = advantages_PG.view(-1, 1).expand_as(mask_BT)
+        live_B = (advantages_PG != 0).any(1).repeat_interleave(args.num_generations) | (args.beta > 0)
+        weight_BT = token_weights(mask_BT, args.average)
+        if args.mask_truncated:
+            weight_BT = weight_BT * rollout.finished_B[:, None]
+        plan = run.plan(rollout, live_B)
+        passes = [index_b for update in plan for index_b, _ in update]
+
+        # --- update: move towards the answers with credit --------------------------------------------------------------
+        with torch.no_grad():  # π_old is the policy before the first of the updates, not before each
+            several = args.updates_per_step > 1
+            old_logp_BT = read(token_logps, rollout, policy, batches=passes) if several else None
+            ref_logp_BT = read(token_logps, rollout, reference, batches=passes) if reference else None
+        metrics = update(run, policy, rollout, plan, advantage_BT, weight_BT, old_logp_BT, ref_logp_BT)
+        run.lap("update")
+
+        # --- log -------------------------------------------------------------------------------------------------------
+        metrics |= dict(
+            reward=run.mean(rewards_PG), reward_std=run.mean(rewards_PG.std(1)), accuracy=run.mean(accuracy_PG),
+            format=run.mean(format_PG), frac_reward_zero_std=run.mean((advantages_PG == 0).all(1).float()),
+        )
+        if reference:
+            metrics["beta"] = run.state["beta"]
+            answers = args.prompts_per_step * args.num_generations
+            run.state["beta"] = adapted_beta(run.state["beta"], metrics["kl"], args.kl_target, answers)
+        run.log(step, rollout, rewards_PG.flatten(), **metrics)
+
+
+if __name__ == "__main__":
+    launch("grpo", main, __doc__, flags, RECIPE, TOY)

@@ -1,0 +1,383 @@
+"""A run as something to look at: its curves, several runs side by side, pass@k, and one page with samples.
+
+    python lab/report.py RUN_DIR                 writes RUN_DIR/curves.png and RUN_DIR/report.html
+    python lab/report.py RUN_DIR RUN_DIR ...     writes overlay.png (--out elsewhere); runs that differ only in the
+                                                 seed become one line, their mean, in a band from lowest to highest
+
+Reads what a run writes into its --output_dir: `args.json`, `metrics.jsonl` (one object per step) and `samples.jsonl`.
+Bold lines are running means, thin ones single steps; what is measured on held-out problems is never smoothed.
+A value that is not a finite number leaves a gap in its line. Every file is written whole or not at all.
+Imported from the repository's root as `lab.report`: lab/ is a folder without __init__.py, which Python allows.
+"""
+
+import argparse
+import base64
+import html
+import io
+import json
+import os
+import sys
+import textwrap
+from collections import namedtuple
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, Python looks in lab/, not in the root
+
+from common import UserError
+
+# --- what is drawn
+
+# In reading order: title, unit, {key of metrics.jsonl: its name in a shared panel}. Schedules and other keys have none.
+PANELS = [
+    ("Accuracy", "%", {"eval_accuracy": "held-out", "accuracy": "training"}),
+    ("Entropy of a token", "nats", {"entropy": ""}),
+    ("Different answers to a problem", "", {"distinct": ""}),
+    ("Diversity of reasoning", "cosine distance", {"diversity": ""}),
+    ("Reward", "", {"reward": ""}),
+    ("Length of an answer", "tokens", {"completion_length": ""}),
+    ("Answers", "%", {"format": "well-formed", "truncated": "cut-off"}),
+    ("Groups with equal rewards", "%", {"frac_reward_zero_std": ""}),
+    ("KL to the reference", "nats a token", {"kl": ""}),
+    ("Tokens clipped", "%", {"clip_fraction": ""}),
+    ("With a noised picture", "nats", {"jsd": "divergence", "delta_entropy": "entropy change"}),
+    ("Visual tokens missed by entropy", "%", {"missed_by_entropy": ""}),
+    ("Cluster size", "answers", {"largest_cluster": "largest", "smallest_cluster": "smallest"}),
+    ("Clusters that only diversity moves", "%", {"only_diversity_clusters": ""}),
+    ("Loss", "nats a token", {"eval_loss": "held-out", "loss": "training"}),
+    ("Gradient norm", "before clipping", {"grad_norm": ""}),
+    ("Sampler against reading", "nats a token", {"sampler_gap": ""}),
+    ("Time for a step", "s", {"seconds": "whole", "seconds_sample": "sampling", "seconds_update": "update"}),
+]
+NAMES = {key: f"{name} {title.lower()}".capitalize() if name else title
+         for title, _, keys in PANELS for key, name in keys.items()}
+UNITS = {key: unit for _, unit, keys in PANELS for key in keys}
+SAMPLE = ("step", "id", "problem", "answer", "text", "reward")
+
+# --- the house style: one place for sizes and colours
+
+# Okabe and Ito's colours, which stay apart for colour-blind eyes. A script keeps its colour in every picture.
+PALETTE = {"grpo": "#0072B2", "vepo": "#D55E00", "mupo": "#009E73", "opd": "#CC79A7", "sft": "#E69F00",
+           "base": "#767676", "teacher": "#1a1a1a", "other": "#56B4E9"}
+QUIET, WIDTH, ROW = "#767676", 9.0, 1.75  # grey; inches: at 200 dots each sharp in the 900 pixels of a README
+STYLE = {
+    "font.family": "DejaVu Sans", "font.size": 8, "text.color": "#1a1a1a", "text.parse_math": False,  # a "$" stays one
+    "axes.titlesize": 8.5, "axes.titleweight": "bold", "axes.titlelocation": "left", "axes.linewidth": 0.6,
+    "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": "#a0a0a0", "axes.xmargin": 0.02,
+    "axes.grid": True, "axes.grid.axis": "y", "grid.color": "#ececec", "axes.labelcolor": QUIET, "axes.labelpad": 1,
+    "xtick.color": "#a0a0a0", "xtick.labelcolor": QUIET, "ytick.labelcolor": QUIET, "xtick.major.size": 2.5,
+    "ytick.major.size": 0, "figure.dpi": 200, "figure.constrained_layout.h_pad": 0.07, "lines.linewidth": 1.6,
+    "lines.markersize": 4.5, "lines.markeredgecolor": "white", "lines.markeredgewidth": 0.5,
+}
+
+# --- reading a run
+
+
+def load(output_dir, name, needed):
+    """The JSON objects in a file of a run, a list: one a line in a .jsonl, else one. Each has the keys `needed`."""
+    path = Path(output_dir) / name
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; give the --output_dir of a run")
+    text, rows = path.read_text("utf-8", errors="replace"), []
+    lines = [line for line in text.split("\n") if line.strip()] if path.suffix == ".jsonl" else [text]
+    for number, line in enumerate(lines, 1):
+        try:
+            rows.append(json.loads(line))
+        except ValueError as error:
+            raise UserError(f"{path}, line {number}: not JSON ({error}); delete a line left half") from error
+        if not isinstance(rows[-1], dict) or not set(needed) <= set(rows[-1]):
+            raise UserError(f"{path}, line {number}: not an object with {', '.join(needed)}; is it a run's file?")
+    return rows
+
+
+def load_metrics(output_dir):
+    rows = load(output_dir, "metrics.jsonl", ["step"])
+    if not any(len(series(rows, key)[0]) for key in NAMES):
+        raise UserError(f"{output_dir}/metrics.jsonl: nothing to draw yet; look again when the run has made a step")
+    return rows
+
+
+def series(rows, key):
+    """(steps, values) of one key, in order. A resumed run may log a step again: its later line counts."""
+    found = {row["step"]: row[key] for row in rows if row.get(key) is not None}
+    steps = np.array(sorted(found), float)
+    return steps, np.array([found[step] if np.isfinite(found[step]) else np.nan for step in steps], float)
+
+
+def running_mean(values):
+    """Mean over about a twelfth of the values, centred, fewer at the ends. Same length; a gap (nan) grows as wide."""
+    kernel = np.ones(2 * (len(values) // 24) + 1)
+    return np.convolve(values, kernel, "same") / np.convolve(np.ones(len(values)), kernel, "same")
+
+
+def aggregate(seeds):
+    """[(steps, values), ...], a pair per seed -> steps, mean, lowest, highest, at the steps that all of them logged."""
+    shared = sorted(set.intersection(*(set(steps) for steps, _ in seeds)))
+    values = np.array([values[np.searchsorted(steps, shared)] for steps, values in seeds])
+    return np.array(shared), values.mean(0), values.min(0), values.max(0)
+
+
+def trace(runs, key):
+    """(steps, mean, low, high) of one key over runs that differ in their seed; empty where they share no step.
+
+    low and high are the extremes over the runs; of a single run's held-out accuracy the ends of its 95% interval.
+    """
+    seeds = [series(rows, key) for rows in runs]
+    if not key.startswith("eval_"):
+        seeds = [(steps, running_mean(values) if len(values) else values) for steps, values in seeds]
+    steps, mean, low, high = aggregate(seeds)
+    if key == "eval_accuracy" and len(runs) == 1:
+        ends = [dict(zip(*series(runs[0], end))) for end in ("eval_low", "eval_high")]
+        low, high = ([end.get(step, value) for step, value in zip(steps, mean)] for end in ends)
+    return steps, mean, low, high
+
+
+# --- drawing
+
+Line = namedtuple("Line", "label colour x y low high raw", defaults=[((), ())])  # raw: x, y of single steps, thin
+
+
+def show(value, unit):
+    return f"{100 * value:.1f}%" if unit == "%" else f"{value:.3g}"
+
+
+def colours_of(labels):
+    """label -> colour: a script's name has its own, the others take what is left."""
+    if len(labels) > len(PALETTE):
+        raise UserError(f"{len(labels)} lines in one panel cannot be told apart; compare at most {len(PALETTE)}")
+    free = [colour for name, colour in PALETTE.items() if name not in labels]
+    return {label: PALETTE[label] if label in PALETTE else free.pop(0) for label in labels}
+
+
+def spread(heights, gaps):
+    """Heights, their order kept, moved apart until neighbours i and j stand (gaps[i] + gaps[j]) / 2 from each other."""
+    order = np.argsort(heights, kind="stable")
+    placed, gaps = np.array(heights, float)[order], np.array(gaps, float)[order]
+    for i in list(range(len(placed) - 1)) * 100:  # a push may close another gap
+        push = max(0.0, (gaps[i] + gaps[i + 1]) / 2 - (placed[i + 1] - placed[i])) / 2
+        placed[i : i + 2] += -push, push
+    return placed[np.argsort(order)]
+
+
+def label_ends(axis, lines, height):
+    """Names the lines at their right ends, so that no legend is needed. height: of the panel, inches."""
+    texts = [textwrap.fill(line.label, 12) for line in lines]
+    low, high = axis.get_ylim()
+    ends = [(line.y[np.isfinite(line.y)][-1] - low) / (high - low) for line in lines]
+    ends = spread(ends, [0.19 / height * (1 + text.count("\n")) for text in texts])
+    for line, text, end in zip(lines, texts, ends):
+        axis.annotate(text, (1, end), (4, 0), xycoords="axes fraction", textcoords="offset points", va="center",
+                      color=line.colour, fontsize=7.5, linespacing=1.0)
+
+
+def draw_panel(axis, title, unit, lines, height):
+    """Lines, bands and names on one axis, which starts at zero unless something is negative."""
+    for line in reversed(lines):  # the first comes to lie on top
+        axis.plot(*line.raw, color=line.colour, linewidth=0.6, alpha=0.35)
+        axis.fill_between(line.x, line.low, line.high, color=line.colour, alpha=0.18, linewidth=0)
+        axis.plot(line.x, line.y, color=line.colour, marker="o" if len(line.x) <= 24 else None)
+    name = axis.set_title(title)
+    if unit != "%":
+        axis.annotate(" " + unit, (1, 0), xycoords=name, va="bottom", color=QUIET, fontsize=7.5)
+    axis.yaxis.set_major_formatter(lambda value, _: f"{100 * value:g}%" if unit == "%" else f"{value:g}")
+    axis.yaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 2.5, 5, 10]))
+    low, high = axis.dataLim.intervaly
+    if 0 <= low <= high:
+        axis.set_ylim(0, 1.08 * high or 1)
+    if len(lines) > 1:
+        label_ends(axis, [line for line in lines if np.isfinite(line.y).any()], height)
+
+
+def draw(panels, path, headline, caption, columns=3, height=ROW, xlabel="step", show_x="{:g}".format):
+    """Small multiples of [(title, unit, lines)] as a PNG; the first is widened to leave no hole. Returns the path."""
+    wide = 1 + -len(panels) % columns
+    rows = (len(panels) + wide - 1) // columns
+    with matplotlib.rc_context(STYLE):
+        figure, axis = Figure(figsize=(WIDTH, height * rows + 0.6), layout="constrained"), None
+        grid = figure.add_gridspec(rows, columns)
+        for cell, panel in enumerate(panels, wide - 1):
+            spot = grid[0, :wide] if cell < wide else grid[cell // columns, cell % columns]
+            axis = figure.add_subplot(spot, sharex=axis)
+            draw_panel(axis, *panel, height)
+            axis.set_xlabel(xlabel if cell // columns == rows - 1 else "")
+        axis.xaxis.set_major_locator(MaxNLocator(6, integer=True, steps=[1, 2, 5, 10]))
+        axis.xaxis.set_major_formatter(lambda value, _: show_x(value))
+        figure.suptitle(textwrap.fill(headline, 95), x=0.012, ha="left", fontsize=11, fontweight="bold")
+        figure.supxlabel(textwrap.fill(caption, 150), x=0.012, ha="left", fontsize=7.5, color=QUIET)
+        png = io.BytesIO()
+        figure.savefig(png, format="png", metadata={"Software": None})
+    return write(path, png.getvalue())
+
+
+def write(path, content):
+    """Whole or not at all: nobody meets half a file, and a full disk leaves the old one."""
+    path = Path(path)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        part.write_bytes(content)
+        os.replace(part, path)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise UserError(f"{path}: cannot be written ({error.strerror})") from error
+    return path
+
+
+# --- the pictures
+
+
+def headline_of(rows):
+    """What the run did, in one sentence: its held-out accuracy if it has one."""
+    first = ("eval_accuracy", "accuracy", "eval_loss", "loss", *NAMES)
+    key = next(key for key in first if len(series(rows, key)[0]))
+    steps, mean, _, _ = trace([rows], key)
+    ends = dict.fromkeys(show(mean[i], UNITS[key]) for i in (0, -1))
+    return f"{NAMES[key]}: {' to '.join(ends)} by step {steps[-1]:g}"
+
+
+
+def about(args):
+    return ", ".join([args["script"]] + [f"{key} {args[key]}" for key in ("model", "dataset", "seed") if key in args])
+
+
+def curves(output_dir, path=None):
+    """Small multiples of all that a run logged, into `path` or output_dir/curves.png. Returns the path."""
+    args, rows = load(output_dir, "args.json", ["script"])[0], load_metrics(output_dir)
+    panels = []
+    for title, unit, keys in PANELS:
+        found = [key for key in keys if len(series(rows, key)[0])]
+        lines = [Line(keys[key], colour, *trace([rows], key), series(rows, key))
+                 for key, colour in zip(found, PALETTE.values())]
+        panels += [(title if len(found) > 1 else NAMES[found[0]], unit, lines)] if found else []
+    caption = f"{about(args)}. Thin: single steps; bold: running mean; held-out: not smoothed, with 95% interval."
+    return draw(panels, path or Path(output_dir) / "curves.png", headline_of(rows), caption)
+
+
+def overlay(runs, path, keys=None, headline=None):
+    """Several runs in the same panels. runs: label -> output_dir, or a list of them, one per seed. Returns the path.
+
+    keys: the metrics to draw, in this order; else all that two labels logged. headline: else the first metric's end.
+    """
+    logs = {label: [load_metrics(folder) for folder in ([dirs] if isinstance(dirs, (str, Path)) else dirs)]
+            for label, dirs in runs.items()}
+    colours, panels = colours_of(runs), []
+    for key in keys or NAMES:
+        lines = [Line(label, colours[label], *trace(logs[label], key)) for label in runs]
+        lines = [line for line in lines if len(line.x)]
+        panels += [(NAMES[key], UNITS[key], lines)] if len(lines) >= min(len(runs), 1 if keys else 2) else []
+    if not panels:
+        raise UserError(f"{', '.join(runs)}: these runs logged no metric in common at the same steps")
+    title, unit, lines = panels[0]
+    ends = ", ".join(f"{line.label} {show(line.y[-1], unit)}" for line in lines)
+    counts = sorted({len(seeds) for seeds in logs.values()})
+    band = f"Mean and range over {'–'.join(map(str, counts))} seeds" if counts != [1] else "Held-out: 95% interval"
+    return draw(panels, path, headline or f"{title} at the end: {ends}", band + ". Training values: running means.")
+
+
+def pass_at_k(results, path):
+    """Pass@k of several models, a panel for each data set, into `path`, which is returned.
+
+    results: a list as eval_passk writes it; each has model, dataset, ks, and, as long as ks, pass_at_k, low, high.
+    """
+    colours, panels = colours_of(dict.fromkeys(entry["model"] for entry in results)), {}
+    for entry in results:
+        x, *ys = (np.array(entry[key], float) for key in ("ks", "pass_at_k", "low", "high"))
+        line = Line(entry["model"], colours[entry["model"]], np.log2(x), *ys)
+        panels.setdefault(entry["dataset"], (entry["dataset"], "%", []))[2].append(line)
+    return draw(list(panels.values()), path, "How often at least one of k answers is right",
+                "pass@k, mean over problems, and its 95% interval (bootstrap over problems).",
+                min(3, len(panels)), 2.6, "k answers", lambda exponent: f"{2 ** exponent:g}")
+
+
+# --- the page
+
+PAGE = """<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
+<style>body {{ font: 15px/1.5 system-ui, sans-serif; color: #1a1a1a; margin: 2.5rem max(1rem, 50vw - 30rem) }}
+h1 {{ font-size: 1.5rem; margin: 0 }} h2 {{ font-size: 1.1rem; margin: 2.5rem 0 .5rem }} p {{ margin: .3rem 0 }}
+.quiet {{ color: #767676; font-size: .87rem }} .curves {{ width: 100% }} .pair {{ display: flex; gap: 2rem }}
+td {{ padding: .15rem 1.6rem .15rem 0; border-bottom: 1px solid #ececec }} section {{ flex: 1; min-width: 0 }}
+article {{ border-top: 1px solid #ececec; padding: .8rem 0 }} article img {{ float: right; width: 7rem }}
+pre {{ white-space: pre-wrap; overflow-wrap: anywhere; clear: both; background: #f7f7f7; padding: .6rem }}
+</style></head><body><h1>{title}</h1><p class="quiet">{about}</p><img class="curves" alt="curves" src="{picture}">
+<h2>In numbers, start and end</h2><table>{numbers}</table>
+<h2>What it answered, early and late</h2><div class="pair"><section>{early}</section><section>{late}</section></div>
+<h2>Flags</h2><pre>{flags}</pre></body></html>"""
+CARD = """<article>{picture}<p class="quiet">step {step}, problem {id}, reward <b>{reward}</b></p><p>{problem}</p>
+<p class="quiet">right answer: {answer}</p><pre>{text}</pre></article>"""
+
+
+def data_uri(png):
+    return "data:image/png;base64," + base64.b64encode(png).decode("ascii")
+
+
+def numbers_row(rows, key):
+    """A metric's start and end, with the interval where there is one, as a row of the table."""
+    cells, (_, *numbers) = [NAMES[key]], trace([rows], key)
+    for i in (0, -1):
+        value, low, high = (show(number[i], UNITS[key]) for number in numbers)
+        cells.append(f"{value} [{low}, {high}]" if low != high else value)
+    return "<tr>" + "".join(f"<td>{cell}</td>" for cell in [*cells, UNITS[key].strip("%")]) + "</tr>"
+
+
+def card(sample, pictures):
+    """One answer as HTML. What a model wrote is hostile: every value is escaped."""
+    picture = ""
+    if sample["id"] in pictures:
+        small, png = pictures[sample["id"]].convert("RGB"), io.BytesIO()
+        small.thumbnail((448, 448))
+        small.save(png, "PNG")
+        picture = f'<img alt="the picture of the problem" src="{data_uri(png.getvalue())}">'
+    return CARD.format(picture=picture, **{key: html.escape(str(sample[key])) for key in SAMPLE})
+
+
+def page(output_dir, pictures=None):
+    """Writes output_dir/report.html, which needs no other file and no network, and curves.png. Returns the page's path.
+
+    pictures: problem id -> PIL image, to stand beside its samples.
+    """
+    args, rows = load(output_dir, "args.json", ["script"])[0], load_metrics(output_dir)
+    logged = (Path(output_dir) / "samples.jsonl").exists()  # a warm start on given traces samples nothing
+    cards = [card(sample, pictures or {}) for sample in (load(output_dir, "samples.jsonl", SAMPLE) if logged else [])]
+    middle = len(cards) // 2
+    text = PAGE.format(
+        title=html.escape(headline_of(rows)), about=html.escape(about(args)),
+        picture=data_uri(curves(output_dir).read_bytes()), flags=html.escape(json.dumps(args, indent=2)),
+        numbers="".join(numbers_row(rows, key) for key in NAMES if len(series(rows, key)[0])),
+        early="".join(cards[:middle][:4]), late="".join(cards[middle:][-4:]) or "No samples were logged.")
+    # JSON can carry half a surrogate pair, UTF-8 cannot: it becomes "?".
+    return write(Path(output_dir) / "report.html", text.encode("utf-8", errors="replace"))
+
+
+# --- the command line
+
+
+def label_runs(output_dirs):
+    """label -> folders: the script, and the flags that tell it from that script's other runs; seeds share a label."""
+    silent = ("seed", "output_dir", "resume", "report_to", "save_steps", "sample_batch_size")
+    flags = {folder: load(folder, "args.json", ["script"])[0] for folder in output_dirs}
+    runs = {}
+    for folder, own in flags.items():
+        siblings = [other for other in flags.values() if other["script"] == own["script"]]
+        telling = [key for key in own if key not in silent and any(other.get(key) != own[key] for other in siblings)]
+        runs.setdefault(" ".join([own["script"]] + [f"{key}={own[key]}" for key in telling]), []).append(folder)
+    return runs
+
+
+def main(argv=None):
+    """The command line; a UserError is one line and exit status 2."""
+    parser = argparse.ArgumentParser(description="One run: curves.png and report.html in it. Several: overlay.png.")
+    parser.add_argument("runs", nargs="+", metavar="RUN_DIR", help="the --output_dir of a run")
+    parser.add_argument("--out", default="overlay.png", help="where the picture of several runs goes")
+    args = parser.parse_args(argv)
+    try:
+        print(page(args.runs[0]) if len(args.runs) == 1 else overlay(label_runs(args.runs), args.out))
+    except UserError as error:
+        parser.exit(2, f"error: {error}\n")
+
+
+if __name__ == "__main__":
+    main()

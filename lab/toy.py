@@ -1,0 +1,367 @@
+"""The tabletop: a Qwen2.5-VL of under a million parameters, its teacher, and drawn problems with worked traces.
+
+    python lab/toy.py            builds both models, prints their table and draws sample problems
+
+`--model toy` stands where Qwen2.5-VL-7B-Instruct stands: it can solve these problems, but not reliably.
+`--model toy-teacher` stands where the 72B stands: it nearly always can, and in several ways.
+Both are ordinary checkpoints in the hub's layout, trained here on first use and kept in the user's cache.
+
+The problems are grids of coloured shapes, one 28x28 cell to a visual token, and four questions about them:
+
+    verifier   question                      answer
+    digit      how many red circles          2
+    mcq        which colour is most common   B
+    math       what fraction is red          \\frac{1}{3}
+    iou        a box around every red star   [28, 0, 84, 56]      in pixels, left top right bottom
+
+Every problem can be reasoned through in three styles, each with its own trace:
+
+    scan    name every cell, row by row
+    list    name only the cells that matter, by place (column letter, row number)
+    tally   count by row (by option for mcq; by row, then by column for iou) and add up
+
+Splits: `pretrain` is what the two models are made from; `train` and `test` are new pictures like it; `ood` has 4x4 pictures,
+with colour-shape pairs or wordings that no model here was ever trained on.
+"""
+
+import argparse
+import hashlib
+import json
+import math
+import os
+import random
+import shutil
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from fractions import Fraction
+from functools import lru_cache
+from pathlib import Path
+
+from PIL import Image, ImageDraw
+
+# --- words ----------------------------------------------------------------------------------------------------------
+
+COLOURS = {"red": (214, 64, 69), "green": (60, 160, 90), "blue": (56, 104, 200), "yellow": (240, 184, 40)}
+SHAPES = ("circle", "square", "triangle", "star")
+# Each colour and each shape is seen with three partners, never with the fourth.
+UNSEEN_PAIRS = (("red", "star"), ("green", "triangle"), ("blue", "square"), ("yellow", "circle"))
+PAIRS = tuple((colour, shape) for colour in COLOURS for shape in SHAPES)
+SEEN_PAIRS = tuple(pair for pair in PAIRS if pair not in UNSEEN_PAIRS)
+EMPTY = "none"
+COLUMNS = "abcd"
+LETTERS = "ABCD"
+CELL = 28  # pixels: 2x2 patches of 14, which the merger turns into one visual token
+PAPER = (250, 249, 245)
+LINE = (222, 220, 212)
+
+VERIFIERS = ("digit", "mcq", "math", "iou")
+VERIFIERS = ("digit", "mcq", "math", "iou")
+STYLES = {"scan": "Scan", "list": "Seen", "tally": "Count"}
+VISUAL_WORDS = frozenset([*COLOURS, *SHAPES, EMPTY, *COLUMNS, *"0123456789"])
+
+# The last wording of each verifier, and of each way to say it, is kept for ood.
+WORDINGS = {
+    "digit": ("How many {things} are there?", "Count the {things}.", "Find the number of {things}."),
+    "mcq": ("Which {kind} is most common?", "What {kind} do you see most?", "Find the most common {kind}."),
+    "math": ("What fraction of the shapes are {things}?", "Which part of all shapes are {things}?",
+             "Find the fraction of {things}."),
+    "iou": ("Where are the {things}? Give one box.", "Draw a box around the {things}.", "Find the box of all {things}."),
+}
+OOD_WORDINGS = {
+    "digit": ("Give the count of {things} here.", "What number of {things} are in the grid?"),
+    "mcq": ("The most common {kind} is which?", "Do you see which {kind} most?"),
+    "math": ("How many of all shapes, as a fraction, are {things}?", "Give the fraction that are {things}."),
+    "iou": ("Give the box around all the {things}.", "Find where the {things} are, in one box."),
+}
+
+
+def names_picture(word):
+    """True for a word of a trace that says what is in the picture (colour, shape, place, count), False for the rest."""
+    return word.strip(" ,./+=;:").lower() in VISUAL_WORDS
+
+
+# --- problems -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Spec:
+    """A problem before it is drawn. grid: rows of cells, a cell is (colour, shape) or None."""
+
+    grid: tuple
+    verifier: str
+    target: tuple  # (colour or None, shape or None); for mcq ("colour",) or ("shape",), the kind that is asked for
+    options: tuple  # mcq only
+    wording: str
+    drawing: int  # seed of sizes and offsets
+
+
+def matches(cell, target):
+    """Whether a cell shows the target (None stands for any)."""
+    return cell is not None and all(want in (None, have) for want, have in zip(target, cell))
+
+
+def cells(spec):
+    """Every cell in reading order: (place, cell), place like "b3" (second column, third row)."""
+    return [(f"{COLUMNS[x]}{y + 1}", cell) for y, row in enumerate(spec.grid) for x, cell in enumerate(row)]
+
+
+def places(spec, target):
+    return [place for place, cell in cells(spec) if matches(cell, target)]
+
+
+def option_target(spec, option):
+    return (option, None) if spec.target == ("colour",) else (None, option)
+
+
+def answer(spec):
+    """The gold answer as text."""
+    found = [] if spec.verifier == "mcq" else places(spec, spec.target)
+    if spec.verifier == "digit":
+        return str(len(found))
+    if spec.verifier == "mcq":
+        counts = [len(places(spec, option_target(spec, option))) for option in spec.options]
+        return LETTERS[counts.index(max(counts))]
+    if spec.verifier == "math":
+        part = Fraction(len(found), len(places(spec, (None, None))))
+        return rf"\frac{{{part.numerator}}}{{{part.denominator}}}"
+    columns = [COLUMNS.index(place[0]) for place in found]
+    rows = [int(place[1]) - 1 for place in found]
+    return str([CELL * edge for edge in (min(columns), min(rows), max(columns) + 1, max(rows) + 1)])
+
+
+def question(spec):
+    """The problem text, without the instruction that every problem shares."""
+    if spec.verifier == "mcq":
+        options = ", ".join(f"{option} {letter}" for letter, option in zip(LETTERS, spec.options))
+        return f"{spec.wording.format(kind=spec.target[0])} {options}"
+    colour, shape = spec.target
+    things = " ".join(filter(None, (colour, shape or "shape"))) + "s"
+    if spec.verifier == "math" and shape is None:
+        things = colour
+    return spec.wording.format(things=things)
+
+
+def traces(spec):
+    """The problem's worked answers: {style: "<think>…</think>\\boxed{…}"}. Takes a Spec, or a problem that holds one."""
+    spec = spec["spec"] if isinstance(spec, dict) else spec
+    reason = {"digit": _count_traces, "mcq": _most_traces, "math": _fraction_traces, "iou": _box_traces}[spec.verifier]
+    end = f"</think>\\boxed{{{answer(spec)}}}"
+    return {style: f"<think>{STYLES[style]} {text}{end}" for style, text in reason(spec).items()}
+
+
+def _scan(spec, target, note=lambda place, count: count):
+    """All cells row by row, by the words that the question is about; behind every match its note, else its count."""
+    seen, words = Counter(), []
+    for place, cell in cells(spec):
+        word = EMPTY if cell is None else " ".join(part for part, want in zip(cell, target) if want)
+        seen[word] += 1
+        counted = cell is not None and (True in target or matches(cell, target))
+        words.append(f"{word}{note(place, seen[word])}" if counted else word)
+    width = len(spec.grid[0])
+    return "; ".join(" ".join(words[i:i + width]) for i in range(0, len(words), width))
+
+
+def _list(spec, target):
+    """The places of the matches, row by row."""
+    found = places(spec, target)
+    rows = [[place for place in found if place[1] == str(y + 1)] for y in range(len(spec.grid))]
+    return "; ".join(" ".join(row) or EMPTY for row in rows)
+
+
+def _per_row(grid, target):
+    return [sum(matches(cell, target) for cell in row) for row in grid]
+
+
+def _plus(terms):
+    return "+".join(map(str, terms))
+
+
+def _name(target):
+    return " ".join(filter(None, target))
+
+
+# NOTE FROM THE LEAD (delete when done): with the rulings, after 400 steps x 16 rows, naming cells is solved (colour and
+# shape .99) and what fails is counting words already written (final number of a scan: .12). So make every step local: a
+# running count behind each named cell ("red 1; blue 1; red 2 ..."; k/n for fractions), a number behind each listed place
+# ("a1 1 c2 2"), row sums built from names rather than at one glance; the final answer is then a copy of the last number.
+# See also /tmp/w/toyscratch/AAA_NOTE_FROM_LEAD.txt (toy.untrained, tabletop flag in config.json).
+def _count_traces(spec):
+    found, name = places(spec, spec.target), _name(spec.target)
+    return {
+        "scan": f"{name}: {_scan(spec, spec.target)} ={len(found)}",
+        "list": f"{name}: {_list(spec, spec.target)} ={len(found)}",
+        "tally": f"{name}: {_plus(_per_row(spec.grid, spec.target))}={len(found)}",
+    }
+
+
+def _most_traces(spec):
+    found = {option: places(spec, option_target(spec, option)) for option in spec.options}
+    most = max(found, key=lambda option: len(found[option]))
+    return {
+        "scan": f"{spec.target[0]}: {_scan(spec, option_target(spec, True))}, so {most} {answer(spec)}",
+        "list": f"{most}: {_list(spec, option_target(spec, most))}, so {most} {answer(spec)}",
+        "tally": f"{spec.target[0]}: " + " ".join(f"{o}{len(w)}" for o, w in found.items()) + f", so {most} {answer(spec)}",
+    }
+
+
+def _fraction_traces(spec):
+    found, whole, name = places(spec, spec.target), len(places(spec, (None, None))), _name(spec.target)
+    lowest = Fraction(len(found), whole)
+    end = f"={len(found)}/{whole}"
+    if lowest.denominator != whole:
+        end += f"={lowest.numerator}/{lowest.denominator}"
+    rows = zip(_per_row(spec.grid, spec.target), _per_row(spec.grid, (None, None)))
+    return {
+        "scan": f"{name}: {_scan(spec, spec.target)} {end}",
+        "list": f"{name}: {_list(spec, spec.target)} {end}",
+        "tally": f"{name}: " + _plus(f"{part}/{all_}" for part, all_ in rows) + end,
+    }
+
+
+def _box_traces(spec):
+    found, name = places(spec, spec.target), _name(spec.target)
+    across = _plus(_per_row(zip(*spec.grid), spec.target))
+    return {
+        "scan": f"{name}: {_scan(spec, spec.target, lambda place, _: ' ' + place)}",
+        "list": f"{name}: {_list(spec, spec.target)}",
+        "tally": f"{name}: {_plus(_per_row(spec.grid, spec.target))} down {across} across",
+    }
+
+
+def style(text):
+    """The style of reasoning that an answer uses: "scan", "list", "tally", or "other"."""
+    opening = text.partition("<think>")[2].split()[:1]
+    return next((name for name, word in STYLES.items() if opening == [word]), "other")
+
+
+def _target(rng, verifier, pair):
+    """What the question asks for, made from one pair: its colour, its shape or both."""
+    colour, shape = pair
+    kind = rng.choice(("colour", "shape") if verifier in ("mcq", "math") else ("colour", "shape", "pair"))
+    if verifier == "mcq":
+        return (kind,)
+    return (colour if kind != "shape" else None, shape if kind != "colour" else None)
+
+
+def _fill(rng, rows, columns, verifier, target, pairs):
+    """A grid in which the answer is spread evenly: the number of matches is drawn first."""
+    size = rows * columns
+    if verifier == "mcq":
+        whole = rng.randint(size - 3, size)
+        shown = [rng.choice(pairs) for _ in range(whole)]
+    else:
+        low, high = {"digit": (0, 5), "math": (1, 4), "iou": (1, 2)}[verifier]
+        part = rng.randint(low, high)
+        whole = rng.randint(size - 3, size)
+        wanted, others = ([p for p in pairs if matches(p, target) == want] for want in (True, False))
+        shown = [rng.choice(wanted) for _ in range(part)] + [rng.choice(others) for _ in range(whole - part)]
+    shown += [None] * (size - whole)
+    rng.shuffle(shown)
+    return tuple(tuple(shown[y * columns:(y + 1) * columns]) for y in range(rows))
+
+
+# Where a picture belongs follows from the picture itself, so no picture can stand in two splits.
+SHARES = {"pretrain": range(0, 5), "train": range(5, 8), "test": range(8, 9), "ood": range(9, 10)}
+SIZES = {"pretrain": None, "train": 4096, "test": 256, "ood": 256}
+SHAPES_OF_GRID = {"pretrain": [(3, 3)] * 6 + [(2, 4), (4, 2)], "train": [(3, 3)], "test": [(3, 3)], "ood": [(4, 4)]}
+
+
+def share_of(grid):
+    """0..9, a fixed function of what the picture shows."""
+    return hashlib.sha256(repr(grid).encode()).digest()[0] % 10
+
+
+def spec_of(split, index):
+    """The problem `index` of a split, before it is drawn. ood takes turns: new pairs in old words, old pairs in new words."""
+    rng = random.Random(f"{split} {index}")
+    verifier = VERIFIERS[index % 4]
+    new_pairs, new_words = (split == "ood" and index // 4 % 2 == turn for turn in (0, 1))
+    pairs = PAIRS if new_pairs else SEEN_PAIRS
+    while True:
+        rows, columns = rng.choice(SHAPES_OF_GRID[split])
+        target = _target(rng, verifier, rng.choice(UNSEEN_PAIRS if new_pairs else SEEN_PAIRS))
+        grid = _fill(rng, rows, columns, verifier, target, pairs)
+        shown = {cell for row in grid for cell in row}
+        if share_of(grid) in SHARES[split] and (not new_pairs or shown & set(UNSEEN_PAIRS)):
+            options = _options(rng, grid, target) if verifier == "mcq" else ()
+            if options is not None:
+                break
+    wording = rng.choice((OOD_WORDINGS if new_words else WORDINGS)[verifier])
+    return Spec(grid, verifier, target, options, wording, rng.randrange(2**32))
+
+
+def _options(rng, grid, target):
+    """Four options in random order; None where two of them are equally common."""
+    part = 0 if target == ("colour",) else 1
+    counts = Counter(cell[part] for row in grid for cell in row if cell).most_common(2)
+    options = tuple(COLOURS) if part == 0 else SHAPES
+    return options if len(counts) == 1 or counts[0][1] > counts[1][1] else None
+
+
+class Problems(Sequence):
+    """The first `count` problems of a split, drawn when they are asked for. The same index is always the same problem."""
+
+    def __init__(self, split, count):
+        self.split, self.count = split, count
+
+    def __len__(self):
+        return self.count
+
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(self.count))]
+        index = range(self.count)[index]
+        spec = spec_of(self.split, index)
+        worked = traces(spec)
+        named = random.Random(f"{self.split} {index} style").choice(sorted(worked))
+        return dict(
+            id=f"toy-{self.split}-{index}", images=[draw(spec)], problem=question(spec), answer=answer(spec),
+            verifier=spec.verifier, trace=worked[named], style=named, spec=spec,
+        )
+
+
+def problems(split, count=None):
+    """The problems of a split: dicts with id, images, problem, answer, verifier, trace, style, spec."""
+    return Problems(split, count or SIZES[split])
+
+
+@lru_cache(maxsize=None)
+def _tile(cell, size):
+    """One shape in its cell, drawn four times too large and shrunk so that its edges are smooth."""
+    image = Image.new("RGB", (4 * CELL, 4 * CELL), PAPER)
+    pen, middle, r = ImageDraw.Draw(image), 2 * CELL, 2 * size
+    fill = COLOURS[cell[0]]
+    if cell[1] == "circle":
+        pen.ellipse((middle - r, middle - r, middle + r, middle + r), fill)
+    elif cell[1] == "square":
+        pen.rectangle((middle - 0.85 * r, middle - 0.85 * r, middle + 0.85 * r, middle + 0.85 * r), fill)
+    elif cell[1] == "triangle":
+        pen.regular_polygon((middle, middle + r / 5, 1.15 * r), 3, fill=fill)
+    else:
+        tips = [(r * 1.15 * (1 if k % 2 == 0 else 0.45), math.pi * (k / 5 - 0.5)) for k in range(10)]
+        pen.polygon([(middle + d * math.cos(a), middle + r / 10 + d * math.sin(a)) for d, a in tips], fill)
+    return image.resize((CELL, CELL), Image.Resampling.LANCZOS)
+
+
+def draw(spec):
+    """The picture of a problem: 28 pixels to a cell, shapes of three sizes, each a pixel off its place at most."""
+    rng = random.Random(spec.drawing)
+    image = Image.new("RGB", (CELL * len(spec.grid[0]), CELL * len(spec.grid)), PAPER)
+    for y, row in enumerate(spec.grid):
+        for x, cell in enumerate(row):
+            if cell is not None:
+                where = (CELL * x + rng.randint(-1, 1), CELL * y + rng.randint(-1, 1))
+                image.paste(_tile(cell, rng.choice((17, 19, 21))), where)
+    pen = ImageDraw.Draw(image)
+    # NOTE FROM THE LEAD (keep the rulings, delete this note): with rulings whose grey tells the column (top) and the row
+    # (left), a visual token knows its own place, so finding a cell is one look instead of a two-layer circuit. Measured
+    # with your train.py at steps=300 rows=32 decay=.3: loss .45 -> .20, entropy .50 -> .23, pass@16 .86 -> .97.
+    for y in range(len(spec.grid)):
+        for x in range(len(spec.grid[0])):
+            left, top, column, row = CELL * x, CELL * y, 40 + 55 * x, 40 + 55 * y
+            pen.rectangle((left, top, left + CELL - 1, top + 2), (column, column, column))
+            pen.rectangle((left, top + 3, left + 2, top + CELL - 1), (row, row, row))
+    return image

@@ -1,0 +1,169 @@
+"""SFT: supervised fine-tuning of a vision-language model on written-out reasoning, the usual warm start before RL.
+
+As in VLAA-Thinker (arXiv 2504.11468) and the stage-1 study (arXiv 2606.09059): cross-entropy on the answer alone,
+
+    L = −Σ_bt m_bt·log π_θ(y_bt | image, question, y_b,<t) / Σ_bt m_bt                                           (1)
+
+where m is 1 on the tokens of the trace and on the end token, and both sums run over the whole optimiser batch: all
+micro-batches, all processes. Nothing of the prompt is trained on.
+
+The traces are the data set's own (a column `trace`), or with --teacher the teacher's own verified answers to the
+given problems: --teacher_samples are sampled to each, and those that are right and well-formed are kept (rejection
+sampling). They are kept on disk too, so that another run with the same teacher does not sample again.
+
+Departures: the papers fix the number of epochs; --early_stop ends training once the loss on held-out traces has not
+fallen that many evaluations in a row. The weights are then those of the last step, not of the best.
+
+Shapes: B traces, T tokens of the longest.
+
+    python sft.py                                                                         a laptop, a minute
+    accelerate launch sft.py --model Qwen/Qwen2.5-VL-7B-Instruct --teacher Qwen/Qwen2.5-VL-72B-Instruct
+
+A healthy run: loss and eval_loss fall together; where eval_loss turns up, over-training begins.
+"""
+
+import hashlib
+import json
+import os
+
+import torch
+from tqdm import tqdm
+
+from common import (
+    MODEL_FLAGS, TRAIN_FLAGS, Rollout, Run, UserError, encode, format_reward, is_right, launch, load_policy, load_problems,
+    read, sample, token_entropy, token_logps,
+)
+
+# --- the algorithm ----------------------------------------------------------------------------------------------------
+
+
+def cross_entropy(logp_BT, mask_BT, tokens):
+    """Eq. (1), the part of it that these answers contribute: (B, T) → scalar. `tokens` is the whole denominator."""
+    return -(logp_BT * mask_BT).sum() / tokens
+
+
+def has_stopped_falling(losses, patience):
+    """Whether the last `patience` of `losses` all failed to get below the lowest before them."""
+    return len(losses) > patience and min(losses[-patience:]) >= min(losses[:-patience])
+
+
+def forced(policy, processor, problems, texts):
+    """A Rollout of given texts, one to each problem, each closed by the end token: what training reads."""
+    tokenizer, device = processor.tokenizer, policy.device
+    ids = [tokenizer(text).input_ids + [tokenizer.eos_token_id] for text in texts]
+    B, T = len(ids), max(map(len, ids))
+    tokens_BT, mask_BT = torch.full((B, T), tokenizer.pad_token_id), torch.zeros(B, T)
+    for b, row in enumerate(ids):
+        tokens_BT[b, :len(row)], mask_BT[b, :len(row)] = torch.tensor(row), 1.0
+    zeros = torch.zeros(B, T, device=device)
+    return Rollout(encode(processor, problems), 1.0, torch.arange(B), tokens_BT.to(device), mask_BT.to(device), zeros,
+                   zeros.clone(), torch.ones(B, device=device), list(texts))
+
+
+# --- the run ----------------------------------------------------------------------------------------------------------
+
+RECIPE = dict(
+    prompts_per_step=128, learning_rate=1e-5, lr_scheduler_type="cosine", warmup_steps=3, max_steps=100,
+)
+TOY = dict(
+    dataset="toy@train", eval_dataset="toy@test", prompts_per_step=64, learning_rate=3e-4, warmup_steps=10,
+    max_steps=100, max_completion_length=64, micro_batch_size=64, train_vision=True, gradient_checkpointing=False,
+)
+
+
+def flags(parser):
+    parser.add_argument("--teacher", default="none", help="whose verified answers are the traces (none: the data's)")
+    parser.add_argument("--teacher_samples", type=int, default=4, help="answers the teacher samples to each problem")
+    parser.add_argument("--traces", default="", help="file of the teacher's answers (default: runs/traces-HASH.jsonl)")
+    parser.add_argument("--num_train_epochs", type=int, default=0, help="train for whole epochs (0: --max_steps)")
+    parser.add_argument("--early_stop", type=int, default=0, help="stop after so many evaluations without a lower loss")
+    parser.add_argument("--held_out_traces", type=int, default=64, help="traces kept for eval_loss")
+    parser.add_argument("--loss_steps", type=int, default=10, help="eval_loss every so many steps")
+
+
+def teacher_traces(run, problems):
+    """The teacher's answers to `problems` that are right and well-formed, as problems with a trace.
+
+    All answers are kept in a file, a line each; a stopped sampling goes on behind the last whole problem.
+    """
+    args = run.args
+    asked = [args.teacher, args.dataset, args.teacher_samples, args.temperature, args.max_completion_length, args.seed]
+    path = args.traces or f"runs/traces-{hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:12]}.jsonl"
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    rows = run.read_lines(path)
+    done = {row["id"] for row in rows}
+    left = [problem for problem in problems if problem["id"] not in done]
+    teacher, processor = load_policy(args.teacher, run) if left else (None, None)
+    share = max(1, args.sample_batch_size // args.teacher_samples) * run.world
+    for start in tqdm(range(0, len(left), share), desc="teacher", disable=not run.is_main):
+        mine = left[start:start + share][run.rank::run.world]
+        rollout = sample(  # a process without a share samples all the same: the weights are gathered together
+            teacher, processor, mine or left[:1], args.teacher_samples, seed=(args.seed, "teacher"), temperature=args.temperature,
+            max_completion_length=args.max_completion_length, sample_batch_size=args.sample_batch_size,
+        )
+        new = [dict(id=p["id"], text=text, tokens=int(n), right=is_right(p, text) and format_reward(p, text) == 1.0)
+               for p, text, n in zip(rollout.problems, rollout.texts, rollout.mask_BT.sum(1))]
+        new = [row for theirs in run.gather(new if mine else []) for row in theirs]
+        run.append(path, new)
+        rows += new
+    of = {problem["id"]: problem for problem in problems}
+    kept = {(row["id"], row["text"]): None for row in rows if row["right"] and row["id"] in of}
+    run.say(f"{args.teacher}: {len(rows)} answers, {len(kept)} right, well-formed and distinct; kept in {path}")
+    return [of[id] | dict(trace=text) for id, text in kept]
+
+
+def main(args):
+    run = Run(args)
+    problems, held_out = load_problems(args.dataset), load_problems(args.eval_dataset)
+    examples = problems if args.teacher == "none" else teacher_traces(run, problems)
+    without = [problem["id"] for problem in examples if not problem.get("trace")]
+    if without or len(examples) <= args.held_out_traces:
+        what = f"problem {without[0]} has no trace" if without else f"there are only {len(examples)} traces"
+        raise UserError(f"{args.dataset}: {what}; give a column `trace`, or a --teacher, or fewer --held_out_traces")
+    kept, examples = examples[:args.held_out_traces], examples[args.held_out_traces:]
+    if args.num_train_epochs:
+        args.max_steps = args.num_train_epochs * (len(examples) // args.prompts_per_step)
+    policy, processor = load_policy(args.model, run, train=True)
+    run.state["eval_losses"] = []
+    run.begin(policy, processor, examples, held_out)
+
+    def loss_on(rollout, backward):
+        """Eq. (1) over all processes; with `backward` its gradient too. Fills in the rollout's entropy."""
+        total, tokens = 0.0, run.sum(rollout.mask_BT.sum())
+        for batch, alive in run.plan(rollout, torch.ones(len(rollout), dtype=torch.bool))[0]:
+            with torch.set_grad_enabled(backward):
+                logp_bT, entropy_bT = read(logp_and_entropy, rollout[batch], policy)
+                loss = cross_entropy(logp_bT, alive * rollout.mask_BT[batch], tokens)
+            if backward:
+                (loss * run.world).backward()  # sharded gradients are averaged over the processes, but (1) is a sum
+            rollout.entropy_BT[batch] = entropy_bT
+            total += loss.detach()
+        return float(run.sum(total))
+
+    for step in run.steps():
+        # --- sample: nothing; this step's traces -----------------------------------------------------------------------
+        batch = run.draw(examples, step)
+        rollout = forced(policy, processor, batch, [example["trace"] for example in batch])
+        run.lap("sample")
+
+        # --- update: make the traces more likely -----------------------------------------------------------------------
+        metrics = dict(loss=loss_on(rollout, backward=True), grad_norm=run.optimizer_step())
+        run.lap("update")
+
+        # --- log -------------------------------------------------------------------------------------------------------
+        stop = False
+        if kept and (step % args.loss_steps == 0 or step == args.max_steps):
+            mine = kept[run.rank::run.world]
+            metrics["eval_loss"] = loss_on(forced(policy, processor, mine, [p["trace"] for p in mine]), backward=False)
+            run.state["eval_losses"].append(metrics["eval_loss"])
+            stop = args.early_stop and has_stopped_falling(run.state["eval_losses"], args.early_stop)
+        run.log(step, rollout, torch.ones(len(rollout)), last=stop, **metrics)
+
+
+def logp_and_entropy(logits_NV, tokens_N):
+    """What training reads of each token: its log-prob, and the entropy of its distribution, for the log only."""
+    return token_logps(logits_NV, tokens_N), token_entropy(logits_NV.detach())
+
+
+if __name__ == "__main__":
+    launch("sft", main, __doc__, flags, RECIPE, TOY, tables=(MODEL_FLAGS, TRAIN_FLAGS))

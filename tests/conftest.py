@@ -1,0 +1,68 @@
+"""What the tests share: a small untrained model in the hub's layout, and problems with pictures of several sizes."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a name that is no folder must fail at once, not after retries
+torch.set_num_threads(1)  # the models are tiny: two threads wait for each other more than they work
+
+import common  # noqa: E402
+from lab import toy  # noqa: E402
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    """An untrained Qwen2.5-VL of the tabletop's size, as a checkpoint folder."""
+    place = tmp_path_factory.mktemp("model") / "untrained"
+    toy.untrained(str(place))
+    return str(place)
+
+
+@pytest.fixture(scope="session")
+def loaded(folder):
+    return common.load_policy(folder)
+
+
+@pytest.fixture
+def policy(loaded):
+    policy = loaded[0]
+    policy.zero_grad()
+    return policy.requires_grad_(True)
+
+
+@pytest.fixture
+def processor(loaded):
+    return loaded[1]
+
+
+def picture(width, height, seed=0):
+    noise = torch.rand(height, width, 3, generator=torch.Generator().manual_seed(seed))
+    return Image.fromarray((noise * 255).byte().numpy())
+
+
+@pytest.fixture(scope="session")
+def problems():
+    """Five problems: three picture sizes, two pictures in one, prompts of several lengths."""
+    sizes = [[(84, 84)], [(112, 56)], [(84, 84), (56, 140)], [(112, 112)], [(84, 84)]]
+    texts = ["How many red circles?", "Where is it?", "Compare <image> and <image>, then count.", "Why? " * 9, "Go."]
+    return [
+        dict(id=f"p{i}", images=[picture(*size, seed=10 * i + j) for j, size in enumerate(some)], problem=text,
+             answer="1", verifier="digit")
+        for i, (some, text) in enumerate(zip(sizes, texts))
+    ]
+
+
+def run_script(*command, timeout=300, processes=1, cwd=ROOT, **environment):
+    """Runs `python command...` from the project's root (or under torchrun), and returns what came of it."""
+    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes)] if processes > 1 else []
+    env = os.environ | {"ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT), "TQDM_DISABLE": "1"} | environment
+    return subprocess.run([sys.executable, *launcher, *map(str, command)], cwd=cwd, env=env, timeout=timeout,
+                          capture_output=True, text=True)

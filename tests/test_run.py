@@ -1,0 +1,85 @@
+"""Whole runs: one process against two, a kill against no kill, bad flags against one clear line."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import common
+from conftest import run_script
+
+SMALL = [
+    "--dataset", "toy@train:64", "--eval_dataset", "toy@test:6", "--num_generations_eval", 2, "--prompts_per_step", 8,
+    "--num_generations", 3, "--max_completion_length", 24, "--micro_batch_size", 6, "--max_steps", 2, "--train_vision",
+    "--no-gradient_checkpointing", "--learning_rate", 1e-3, "--warmup_steps", 0, "--max_prompt_length", 512,
+]
+
+
+def drive(folder, place, *flags, script="grpo", **more):
+    done = run_script("tests/drive.py", script, "--model", folder, "--output_dir", place, *SMALL, *flags, **more)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return Path(place)
+
+
+def metrics(place):
+    lines = [json.loads(line) for line in (Path(place) / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if not k.startswith("seconds")} for line in lines]
+
+
+def assert_same_run(one, other, gradients=2):
+    """The same answers, losses to 1e-5, gradients to 1e-4 relative."""
+    assert (one / "answers-1.json").read_text() == (other / "answers-1.json").read_text()
+    for a, b in zip(metrics(one)[:2], metrics(other)[:2], strict=True):
+        assert a.keys() == b.keys()
+        assert all(a[k] == pytest.approx(b[k], abs=1e-5, rel=1e-4) for k in a)
+    for n in range(1, gradients + 1):
+        a, b = (torch.load(place / f"grad-{n}.pt") for place in (one, other))
+        assert a.keys() == b.keys()
+        a, b = (torch.cat([g[k].flatten() for k in sorted(g)]) for g in (a, b))
+        assert a.norm() > 1e-4 and (a - b).norm() < (1e-4 if n == 1 else 1e-2) * a.norm()
+
+
+@pytest.fixture(scope="module")
+def alone(folder, tmp_path_factory):
+    """One process, two updates per rollout, a KL to the reference."""
+    return drive(folder, tmp_path_factory.mktemp("alone") / "run", "--updates_per_step", 2, "--beta", 0.1)
+
+
+def test_trap_sharded_generate(folder, tmp_path, alone):
+    """Two sharded processes, whose answers end at different lengths, give the answers and gradients of one.
+
+    It also holds the traps `unwrapped forward` (a pass around the sharded model would skip the reduction) and
+    `normaliser` (gradients are averaged over processes, the loss is a sum): both would change the gradient.
+    """
+    flags = "--updates_per_step", 2, "--beta", 0.1
+    assert_same_run(alone, drive(folder, tmp_path / "two", *flags, processes=2, timeout=180))
+
+
+def test_trap_unwrapped_forward(folder, tmp_path, alone):
+    """One answer to a pass or all in one: the same run; so is a group in one packed row or in three."""
+    for size in (1, 100):
+        flags = "--updates_per_step", 2, "--beta", 0.1, "--micro_batch_size", size
+        assert_same_run(alone, drive(folder, tmp_path / f"size{size}", *flags))
+
+
+FOUR_STEPS = "--max_steps", 4, "--save_steps", 2, "--updates_per_step", 1, "--eval_steps", 2
+
+
+@pytest.fixture(scope="module")
+def whole(folder, tmp_path_factory):
+    return drive(folder, tmp_path_factory.mktemp("whole") / "run", *FOUR_STEPS)
+
+
+@pytest.mark.parametrize("moment", ["1", "3", "checkpoint"])
+def test_killed_and_resumed_to_the_same_numbers(folder, tmp_path, whole, moment):
+    """SIGKILL before the first checkpoint, after one, or while one is written; then --resume: bitwise the same."""
+    flags = "--model", folder, *SMALL, *FOUR_STEPS, "--output_dir", tmp_path / "killed"
+    assert run_script("tests/drive.py", "grpo", *flags, KILL_AT=moment).returncode == -9
+    resumed = run_script("tests/drive.py", "grpo", *flags, "--resume")
+    assert resumed.returncode == 0, resumed.stderr[-2000:]
+    assert metrics(tmp_path / "killed") == metrics(whole)
+    assert (tmp_path / "killed/samples.jsonl").read_text() == (whole / "samples.jsonl").read_text()
+    one, other = ((place / "model.safetensors").read_bytes() for place in (whole, tmp_path / "killed"))
+    assert one == other
+    assert not list((tmp_path / "killed").glob("checkpoint*"))
