@@ -25,6 +25,7 @@ import re
 import shutil
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -98,30 +99,19 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"error: {message} (--help lists the flags)\n")
 
 
-def add_flags(parser, table):
-    """Adds {name: (default, help)} to `parser`; a boolean becomes a pair --name / --no-name."""
-    for name, (default, text) in table.items():
-        if isinstance(default, bool):
-            parser.add_argument(f"--{name}", action=argparse.BooleanOptionalAction, default=default, help=text)
-        else:
-            kind = str if default is None else type(default)
-            parser.add_argument(f"--{name}", type=kind, default=default, help=text, choices=WORLD_CHOICES.get(name))
-
-
 def parse_args(script, doc, flags, recipe, toy, argv=None, tables=(MODEL_FLAGS, TRAIN_FLAGS, ROLLOUT_FLAGS)):
     """The flags of one script: command line > TOY (only with a toy model) > RECIPE > the world's defaults.
 
     `flags(parser)` adds the script's own. Returns a namespace with `script` added and `output_dir` filled in.
     """
     parser = Parser(script, description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    for table in tables:
-        add_flags(parser, table)
+    for name, (default, text) in collections.ChainMap(*reversed(tables)).items():
+        kind = dict(action=argparse.BooleanOptionalAction) if isinstance(default, bool) else dict(
+            type=str if default is None else type(default), choices=WORLD_CHOICES.get(name))
+        parser.add_argument(f"--{name}", default=default, help=text, **kind)
     if ROLLOUT_FLAGS not in tables:
         parser.set_defaults(updates_per_step=1)
     flags(parser)
-    known = {action.dest for action in parser._actions}
-    unknown = (set(recipe) | set(toy)) - known
-    assert not unknown, f"{script}: RECIPE or TOY sets {sorted(unknown)}, which is no flag"
     parser.set_defaults(**recipe)
     if is_toy(parser.parse_args(argv).model):
         parser.set_defaults(**toy)
@@ -139,12 +129,9 @@ def parse_args(script, doc, flags, recipe, toy, argv=None, tables=(MODEL_FLAGS, 
 
 def is_toy(model):
     """Whether the (first) model of `model` is of the tabletop: by name, or a folder trained from one, by its config."""
-    model = model.split(",")[0]
-    config = os.path.join(model, "config.json")
-    if not os.path.isfile(config):
-        return model in TOYS
-    with open(config) as file:
-        return json.load(file).get("tabletop", False)
+    name = model.split(",")[0]
+    config = Path(name, "config.json")
+    return json.loads(config.read_text()).get("tabletop", False) if config.is_file() else name in TOYS
 
 
 def launch(script, main, *args, **kwargs):
@@ -175,7 +162,7 @@ class Run:
         self.args, self.folder, self.state, self.done = args, args.output_dir, {}, 0
         for plugin in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
             if os.environ.get(f"ACCELERATE_USE_{plugin}", "false") == "true":
-                raise UserError(f"accelerate's config asks for {plugin}, but the scripts shard by themselves: take it out")
+                raise UserError(f"accelerate's config asks for {plugin}; take it out, the scripts shard by themselves")
         check_place(self.folder)
         if os.path.exists(self.path("metrics.jsonl")) and not args.resume:
             raise UserError(f"{self.folder} already holds a run: go on with --resume, or name another --output_dir")
@@ -192,7 +179,7 @@ class Run:
             dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1)
         share = self.world * args.updates_per_step
         if vars(args).get("prompts_per_step", share) % share:
-            raise UserError(f"--prompts_per_step {args.prompts_per_step} must be a multiple of {share}: processes x updates")
+            raise UserError(f"--prompts_per_step {args.prompts_per_step} is no multiple of {share}, processes x updates")
         self.sharded = self.world > 1 or self.device.type != "cpu"
         transformers.utils.logging.set_verbosity_error()
         transformers.utils.logging.disable_progress_bar()
@@ -241,10 +228,11 @@ class Run:
         for name in ("metrics.jsonl", "samples.jsonl"):
             self.keep_lines(self.path(name))
         count = [sum(p.numel() for p in some) / 1e6 for some in (policy.parameters(), trained)]
+        kinds = ", ".join(f"{n} {kind}" for kind, n in kinds.items())
         self.say(f"{args.script}: {args.model}, {count[0]:,.2f} M weights, {count[1]:,.2f} M of them trained, on "
-                 f"{self.world} x {self.device.type}; writing to {self.folder}\n{len(problems)} problems of {args.dataset}, "
-                 f"{len(held_out)} held out: {' '.join(f'{n} {kind}' for kind, n in kinds.items())}; prompts of "
-                 f"{min(lengths)} to {max(lengths)} tokens; {scaled} pictures scaled down")
+                 f"{self.world} x {self.device.type}; writing to {self.folder}\n{len(problems)} problems to train on, "
+                 f"{len(held_out)} held out ({kinds}); prompts of {min(lengths)} to {max(lengths)} tokens; "
+                 f"{scaled} pictures scaled down")
         self.bar = tqdm(total=args.max_steps, initial=self.done, desc=args.script, disable=not self.is_main)
         if held_out and self.done == 0:
             self.write_metrics(0, self.evaluate())
@@ -252,11 +240,10 @@ class Run:
     def open_folder(self):
         flags, path = dict(vars(self.args)), self.path("args.json")
         if self.args.resume and os.path.exists(path):
-            with open(path) as file:
-                before = json.load(file)
+            before = json.loads(Path(path).read_text())
             for name in set(flags) - FREE_ON_RESUME:
                 if flags[name] != before.get(name):
-                    raise UserError(f"--resume: the run began with --{name} {before.get(name)}, not {flags[name]}; keep it")
+                    raise UserError(f"--resume: this run began with --{name} {before.get(name)}; give it again")
         if self.is_main:
             os.makedirs(self.folder, exist_ok=True)
             write_atomically(path, json.dumps(flags, indent=1) + "\n")
@@ -361,8 +348,7 @@ class Run:
         """The rows of a .jsonl file, on every process, without a line that a kill cut short."""
         rows = []
         if self.is_main and os.path.exists(path):
-            with open(path) as file:
-                rows = [json.loads(line) for line in file if line.endswith("\n")]
+            rows = [json.loads(line) for line in Path(path).read_text().splitlines(True) if line.endswith("\n")]
             write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows))
         return self.gather(rows)[0]
 
@@ -378,9 +364,9 @@ class Run:
         The draws depend on the seed and the problem alone, so that two measurements of a run are paired.
         """
         args, mine = self.args, self.held_out[self.rank::self.world]  # perhaps none, but the gather is of all processes
-        rollout = sample(self.policy, self.processor, mine or self.held_out[:1], args.num_generations_eval, seed=(args.seed, "eval"),
-                         max_completion_length=args.max_completion_length, temperature=1.0,
-                         sample_batch_size=args.sample_batch_size)
+        rollout = sample(
+            self.policy, self.processor, mine or self.held_out[:1], args.num_generations_eval, seed=(args.seed, "eval"),
+            max_completion_length=args.max_completion_length, sample_batch_size=args.sample_batch_size)
         right = [is_right(problem, text) for problem, text in zip(rollout.problems, rollout.texts)]
         per_problem = np.array(right, dtype=float).reshape(-1, args.num_generations_eval).mean(1)[:len(mine)]
         mean, low, high = bootstrap(np.concatenate(self.gather(per_problem)))
@@ -418,8 +404,7 @@ class Run:
         weights, moments = states.get_state_dict(self.policy, self.optimizer)
         dcp.load(dict(weights=weights, moments=moments), checkpoint_id=folder)
         states.set_state_dict(self.policy, self.optimizer, model_state_dict=weights, optim_state_dict=moments)
-        with open(os.path.join(folder, "state.json")) as file:
-            self.done, self.state = json.load(file)
+        self.done, self.state = json.loads(Path(folder, "state.json").read_text())
         self.say(f"--resume: going on from step {self.done}")
 
     def finish(self):
@@ -435,18 +420,15 @@ class Run:
 
 def check_place(folder):
     """Raises UserError unless `folder` can be made or written to. Makes nothing."""
-    place = os.path.abspath(folder)
-    while not os.path.lexists(place):
-        place = os.path.dirname(place)
+    place = next(path for path in Path(os.path.abspath(folder), "x").parents if path.exists())
     if not os.path.isdir(place) or not os.access(place, os.W_OK):
         raise UserError(f"--output_dir {folder}: cannot write to {place}; name another folder")
 
 
 def write_atomically(path, text):
     """Writes `text` beside `path`, then renames: a kill leaves the old file or the new one, never half of one."""
-    with open(path + ".tmp", "w") as file:
-        file.write(text)
-    os.replace(path + ".tmp", path)
+    Path(f"{path}.tmp").write_text(text)
+    os.replace(f"{path}.tmp", path)
 
 
 def generator(*key):
@@ -462,7 +444,8 @@ def learning_rate(step, args):
     if args.lr_scheduler_type == "constant":
         return args.learning_rate
     progress = (step - args.warmup_steps) / max(1, args.max_steps - args.warmup_steps)
-    return args.min_learning_rate + (args.learning_rate - args.min_learning_rate) * (1 + math.cos(math.pi * progress)) / 2
+    floor, share = args.min_learning_rate, (1 + math.cos(math.pi * progress)) / 2
+    return floor + (args.learning_rate - floor) * share
 
 
 def bootstrap(values_P, draws=10_000, seed=0):
@@ -520,12 +503,11 @@ class Policy(transformers.Qwen2_5_VLForConditionalGeneration):
             logits = [self.head(hidden, temperature)]
             logits += [self.head(h, temperature) if policy is self else policy.head(h, temperature)
                        for (policy, _), h in zip(others, rest)]
-            return fn(*logits, tokens)
+            values = fn(*logits, tokens)
+            return values if isinstance(values, tuple) else (values,)
 
         parts = zip(*(x.split(CHUNK) for x in (tokens_N, hidden_ND, *(h for _, h in others))))
         results = [checkpoint(one_chunk, *part, use_reentrant=False) for part in parts]
-        if isinstance(results[0], torch.Tensor):
-            return torch.cat(results)
         return tuple(torch.cat(column) for column in zip(*results))
 
 
@@ -569,7 +551,7 @@ def load_whole(folder):
     policy, report = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
     wrong = [*report["missing_keys"], *report["unexpected_keys"], *report["mismatched_keys"]]
     if wrong:
-        raise UserError(f"{folder}: {len(wrong)} weights do not fit its config.json, {sorted(map(str, wrong))[0]} for one")
+        raise UserError(f"{folder}: {len(wrong)} weights do not fit config.json, {sorted(map(str, wrong))[0]} for one")
     policy.__class__ = Policy
     return policy
 
@@ -601,7 +583,7 @@ def load_shards(folder, config, device):
 
 @contextlib.contextmanager
 def gathered(policy):
-    """All weights on every process while sampling: one gather, then no collectives, so ranks may stop when they like."""
+    """All weights on every process while sampling: one gather, then no collectives, so any rank may end first."""
     units = [module for module in policy.modules() if isinstance(module, FSDPModule)]
     for unit in units:
         unit.set_reshard_after_forward(False, recurse=False)
@@ -617,7 +599,8 @@ def gathered(policy):
 
 def save_policy(policy, processor, folder, is_main=True):
     """Writes the hub's layout: safetensors, config, tokenizer, preprocessor_config. A collective call when sharded."""
-    weights = states.get_model_state_dict(policy, options=states.StateDictOptions(full_state_dict=True, cpu_offload=True))
+    whole = states.StateDictOptions(full_state_dict=True, cpu_offload=True)
+    weights = states.get_model_state_dict(policy, options=whole)
     if not is_main:
         return
     with init_empty_weights():  # a shell of the plain class, so that config.json names what others can load
@@ -704,8 +687,8 @@ def check_prompts(processor, problems, args):
         scaled += sum(height * width > args.max_pixels for height, width in sizes)
         kinds[problem["verifier"]] += 1
         if lengths[-1] > args.max_prompt_length:
-            raise UserError(f"problem {problem['id']} has a prompt of {lengths[-1]} tokens ({pictures} of pictures), over "
-                            f"--max_prompt_length {args.max_prompt_length}: raise it, or lower --max_pixels")
+            raise UserError(f"problem {problem['id']} has a prompt of {lengths[-1]} tokens ({pictures} of pictures), "
+                            f"over --max_prompt_length {args.max_prompt_length}: raise it, or lower --max_pixels")
     return lengths, scaled, dict(kinds)
 
 
@@ -806,7 +789,8 @@ def decode(policy, out, members, slots, G, seed, greedy):
             cache.batch_select_indices(keep)
             rows, uniform_BT, token_B, mask_BS, next_B = (x[keep] for x in (rows, uniform_BT, token_B, mask_BS, next_B))
         mask_BS = torch.cat([mask_BS, mask_BS.new_ones(len(rows), 1)], 1)
-        hidden_BD = policy.body(token_B[:, None], (next_B + t)[None, :, None].expand(3, -1, -1), mask_BS, cache=cache)[:, -1]
+        positions = (next_B + t)[None, :, None].expand(3, -1, -1)
+        hidden_BD = policy.body(token_B[:, None], positions, mask_BS, cache=cache)[:, -1]
 
 
 def prefill(policy, prompts, members, repeats):
@@ -823,9 +807,9 @@ def prefill(policy, prompts, members, repeats):
     pixels, grids = (torch.cat([x[p] for p in members]).to(device) for x in (prompts.pixels, prompts.grids))
     hidden = policy.body(ids.to(device), positions.to(device), mask.to(device), pixels, grids, cache)[:, -1]
     cache.batch_repeat_interleave(repeats)
-    first = torch.tensor(first, device=device)
-    return *(x.repeat_interleave(repeats, 0) for x in (hidden,)), cache, *(
-        x.repeat_interleave(repeats, 0) for x in (mask.to(device), first))
+    repeated = (x.to(device).repeat_interleave(repeats, 0) for x in (hidden, mask, torch.tensor(first)))
+    hidden_BD, mask_BS, first_B = repeated
+    return hidden_BD, cache, mask_BS, first_B
 
 
 def inverse_cdf(probs_BV, uniform_B):
@@ -864,7 +848,6 @@ def read(fn, rollout, *readings, batches=None):
             hiddens.append(reading.policy.body(*inputs).flatten(0, 1)[where_N])
         others = [(r.policy, h) for r, h in zip(readings[1:], hiddens[1:])]
         values = readings[0].policy.reduce(fn, tokens_N, rollout.temperature, hiddens[0], *others)
-        values = values if isinstance(values, tuple) else (values,)
         results = results or [v.new_zeros(B, T, *v.shape[1:]) for v in values]
         row, column = part.mask_BT.bool().nonzero(as_tuple=True)
         where = (index_b.to(row.device)[row], column)

@@ -138,7 +138,7 @@ def main(args):
     run.begin(policy, processor, problems, held_out)
 
     for step in run.steps():
-        # --- sample: G answers to each of this step's problems ---------------------------------------------------------
+        # --- sample: G answers to each of this step's problems --------------------------------------------------------
         rollout = sample(
             policy, processor, run.draw(problems, step), args.num_generations, seed=(args.seed, step),
             max_completion_length=args.max_completion_length, temperature=args.temperature,
@@ -147,11 +147,11 @@ def main(args):
         mask_BT = rollout.mask_BT
         run.lap("sample")
 
-        # --- score: how good is each answer? ---------------------------------------------------------------------------
+        # --- score: how good is each answer? --------------------------------------------------------------------------
         accuracy_PG, format_PG = rollout.score(grade), rollout.score(format_reward)
         rewards_PG = 0.9 * accuracy_PG + 0.1 * format_PG
 
-        # --- credit: how much of it does each token carry? -------------------------------------------------------------
+        # --- credit: how much of it does each token carry? ------------------------------------------------------------
         advantages_PG = group_advantages(rewards_PG)
         advantage_BT = advantages_PG.view(-1, 1).expand_as(mask_BT)
         live_B = (advantages_PG != 0).any(1).repeat_interleave(args.num_generations) | (args.beta > 0)
@@ -161,7 +161,7 @@ def main(args):
         plan = run.plan(rollout, live_B)
         passes = [index_b for update in plan for index_b, _ in update]
 
-        # --- update: move towards the answers with credit --------------------------------------------------------------
+        # --- update: move towards the answers with credit -------------------------------------------------------------
         with torch.no_grad():  # π_old is the policy before the first of the updates, not before each
             several = args.updates_per_step > 1
             old_logp_BT = read(token_logps, rollout, policy, batches=passes) if several else None
@@ -169,7 +169,7 @@ def main(args):
         metrics = update(run, policy, rollout, plan, advantage_BT, weight_BT, old_logp_BT, ref_logp_BT)
         run.lap("update")
 
-        # --- log -------------------------------------------------------------------------------------------------------
+        # --- log ------------------------------------------------------------------------------------------------------
         metrics |= dict(
             reward=run.mean(rewards_PG), reward_std=run.mean(rewards_PG.std(1)), accuracy=run.mean(accuracy_PG),
             format=run.mean(format_PG), frac_reward_zero_std=run.mean((advantages_PG == 0).all(1).float()),

@@ -30,8 +30,8 @@ import torch
 from tqdm import tqdm
 
 from common import (
-    MODEL_FLAGS, TRAIN_FLAGS, Rollout, Run, UserError, encode, format_reward, is_right, launch, load_policy, load_problems,
-    read, sample, token_entropy, token_logps,
+    MODEL_FLAGS, TRAIN_FLAGS, Rollout, Run, UserError, encode, format_reward, is_right, launch, load_policy,
+    load_problems, read, sample, token_entropy, token_logps,
 )
 
 # --- the algorithm ----------------------------------------------------------------------------------------------------
@@ -98,8 +98,9 @@ def teacher_traces(run, problems):
     for start in tqdm(range(0, len(left), share), desc="teacher", disable=not run.is_main):
         mine = left[start:start + share][run.rank::run.world]
         rollout = sample(  # a process without a share samples all the same: the weights are gathered together
-            teacher, processor, mine or left[:1], args.teacher_samples, seed=(args.seed, "teacher"), temperature=args.temperature,
-            max_completion_length=args.max_completion_length, sample_batch_size=args.sample_batch_size,
+            teacher, processor, mine or left[:1], args.teacher_samples, seed=(args.seed, "teacher"),
+            temperature=args.temperature, max_completion_length=args.max_completion_length,
+            sample_batch_size=args.sample_batch_size,
         )
         new = [dict(id=p["id"], text=text, tokens=int(n), right=is_right(p, text) and format_reward(p, text) == 1.0)
                for p, text, n in zip(rollout.problems, rollout.texts, rollout.mask_BT.sum(1))]
@@ -141,16 +142,16 @@ def main(args):
         return float(run.sum(total))
 
     for step in run.steps():
-        # --- sample: nothing; this step's traces -----------------------------------------------------------------------
+        # --- sample: nothing; this step's traces ----------------------------------------------------------------------
         batch = run.draw(examples, step)
         rollout = forced(policy, processor, batch, [example["trace"] for example in batch])
         run.lap("sample")
 
-        # --- update: make the traces more likely -----------------------------------------------------------------------
+        # --- update: make the traces more likely ----------------------------------------------------------------------
         metrics = dict(loss=loss_on(rollout, backward=True), grad_norm=run.optimizer_step())
         run.lap("update")
 
-        # --- log -------------------------------------------------------------------------------------------------------
+        # --- log ------------------------------------------------------------------------------------------------------
         stop = False
         if kept and (step % args.loss_steps == 0 or step == args.max_steps):
             mine = kept[run.rank::run.world]
