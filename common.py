@@ -159,7 +159,7 @@ class Run:
     """
 
     def __init__(self, args):
-        self.args, self.folder, self.state, self.done = args, args.output_dir, {}, 0
+        self.args, self.folder, self.state, self.done, self.pictures = args, args.output_dir, {}, 0, {}
         for plugin in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
             if os.environ.get(f"ACCELERATE_USE_{plugin}", "false") == "true":
                 raise UserError(f"accelerate's config asks for {plugin}; take it out, the scripts shard by themselves")
@@ -225,8 +225,8 @@ class Run:
         self.open_folder()
         if args.resume:
             self.load_checkpoint()
-        for name in ("metrics.jsonl", "samples.jsonl"):
-            self.keep_lines(self.path(name))
+        for name in ("metrics", "samples", "signals", "clusters"):
+            self.keep_lines(self.path(f"{name}.jsonl"))
         count = [sum(p.numel() for p in some) / 1e6 for some in (policy.parameters(), trained)]
         kinds = ", ".join(f"{n} {kind}" for kind, n in kinds.items())
         self.say(f"{args.script}: {args.model}, {count[0]:,.2f} M weights, {count[1]:,.2f} M of them trained, on "
@@ -314,7 +314,8 @@ class Run:
             learning_rate=learning_rate(step, args), seconds=time.perf_counter() - self.step_began, **self.laps)
         if self.device.type == "cuda":
             metrics["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 2**30
-        shown = list(zip(rollout.problems, rollout.texts, rewards_B.tolist()))[:4]
+        shown = list(zip(rollout.problems, rollout.texts, rewards_B.tolist()))[::max(1, len(rollout) // 4)]
+        self.pictures = {p["id"]: p["images"][0] for p in rollout.problems[::max(1, len(rollout) // 16)]}
         self.append(self.path("samples.jsonl"), [
             dict(step=step, id=p["id"], problem=p["problem"], answer=p["answer"], text=text, reward=round(reward, 4))
             for p, text, reward in shown])
@@ -412,7 +413,7 @@ class Run:
         save_policy(self.policy, self.processor, self.folder, self.is_main)
         if self.is_main:
             from lab import report  # only here: a script needs no matplotlib until its end
-            self.say(f"look at {report.page(self.folder)}; the model is in {self.folder}")
+            self.say(f"look at {report.finish(self.folder, self.pictures)}; the model is in {self.folder}")
             for step in self.checkpoints():
                 shutil.rmtree(self.path(f"checkpoint-{step}"))
         self.accelerator.end_training()

@@ -161,6 +161,17 @@ def diagnostics(run, signals, kept_BT, mask_BT):
     )
 
 
+def signal_rows(step, processor, rollout, signals):
+    """Lines of signals.jsonl, from which the end of a run draws signals.png and tokens.html: some answers, by token."""
+    rows = []
+    for b in range(0, len(rollout), max(1, len(rollout) // 64)):
+        n, problem = int(rollout.mask_BT[b].sum()), rollout.problems[b]
+        tokens = processor.tokenizer.batch_decode(rollout.tokens_BT[b, :n, None])
+        values = {name: [round(value, 4) for value in x_BT[b, :n].tolist()] for name, x_BT in signals.items()}
+        rows.append(dict(step=step, id=problem["id"], problem=problem["problem"], tokens=tokens, **values))
+    return rows
+
+
 def look(logits_NV, noised_logits_NV, tokens_N):
     """What the two readings leave of each token: eq. (1), and log π_old for the updates."""
     return *visual_signals(logits_NV, noised_logits_NV), token_logps(logits_NV, tokens_N)
@@ -282,6 +293,10 @@ def main(args):
             metrics["beta"] = run.state["beta"]
             answers = args.prompts_per_step * args.num_generations
             run.state["beta"] = adapted_beta(run.state["beta"], metrics["kl"], args.kl_target, answers)
+        if step == args.max_steps:
+            named = zip(("jsd", "delta_entropy", "entropy", "score", "kept"), (*signals, score_BT, kept_BT))
+            run.append(run.path("signals.jsonl"), signal_rows(step, processor, rollout[live_B.nonzero()[:, 0]], {
+                name: x_BT[live_B] for name, x_BT in named}))
         run.log(step, rollout, rewards_PG.flatten(), **metrics)
 
 

@@ -355,6 +355,11 @@ def page(output_dir, pictures=None):
 # --- the command line
 
 
+def finish(output_dir, pictures=None):
+    """All that a finished run has to show; returns the path of report.html."""
+    return page(output_dir, pictures)
+
+
 def label_runs(output_dirs):
     """label -> folders: the script, and the flags that tell it from that script's other runs; seeds share a label."""
     silent = ("seed", "output_dir", "resume", "report_to", "save_steps", "sample_batch_size")

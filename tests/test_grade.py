@@ -158,6 +158,8 @@ HOSTILE = [
     "a_{b_{c_{d}}}", "\\sin(\\sin(\\sin(\\sin(\\sin(x)))))", "x^x+y^y+z^z=w^w", "x^7-3x^6+2x^5-x+1=0", "1/0", "\\infty-\\infty",
     "\\ln(\\ln(\\ln(\\ln 3)))", "(1,2)\\cup(3,4)\\cup(5,6)\\cup(7,8)", "٣", "💥" * 100, "\\pi" * 60, "e" * 60, "\\\\" * 500,
     "__import__('os').system('true')", "eval('5')", "(lambda: 5)()", "exit()",
+    "5" + "\\text{a}" * 20_000 + "x", "\\sin(e^{9" + "\\pi" * 20 + "})", "|" * 1499, "9" * 1000, "99^{99}\\cdot" * 100 + "1",
+    "\\frac{1}{" * 140 + "1" + "}" * 140,
 ]
 HOSTILE_IDS = [f"{n}-{text[:12].encode('ascii', 'backslashreplace').decode()}".replace("\0", "0") for n, text in enumerate(HOSTILE)]
 
@@ -181,6 +183,28 @@ def test_trap_hostile_code(monkeypatch):
         eval(answer)  # the answer does what it says when it is evaluated...
         assert os.environ.pop("EVALUATED") == "1"
         assert score("5", answer) == score("x+1", answer) == 0 and "EVALUATED" not in os.environ  # ...which it is not
+
+
+def test_counter_outlives_generators(monkeypatch):
+    """An exception raised while a generator is closed is dropped by Python, and the counter of calls with it."""
+    def steps():
+        try:
+            yield 1
+        finally:
+            str(1)
+
+    def endless(*_, **__):
+        for _ in range(20_000):
+            next(steps())  # started, and closed at once
+            (lambda: None)()
+        return True
+
+    assert score("2x+1", "1+2x") == 1  # both are read, and remembered, before the limits below
+    world = grade.__globals__
+    monkeypatch.setitem(world, "verify", endless)
+    for limit in range(50, 70):  # so that the limit is reached in every kind of call
+        monkeypatch.setitem(world, "MAX_CALLS", limit)
+        assert score("2x+1", "1+2x") == 0
 
 
 def test_off_the_main_thread():
