@@ -25,6 +25,7 @@ import re
 import shutil
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -179,8 +180,9 @@ class Run:
             dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1)
         share = self.world * args.updates_per_step
         if vars(args).get("prompts_per_step", share) % share:
-            raise UserError(f"--prompts_per_step {args.prompts_per_step} is no multiple of {share}, processes x updates")
+            raise UserError(f"--prompts_per_step {args.prompts_per_step} must be a multiple of {share} here")
         self.sharded = self.world > 1 or self.device.type != "cpu"
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # a checkpoint of one CPU process
         transformers.utils.logging.set_verbosity_error()
         transformers.utils.logging.disable_progress_bar()
 

@@ -2,8 +2,8 @@
 
 Paper: MUPO, arXiv 2604.00479. GRPO lets one way of reasoning win: whatever is a little better takes all. Here a
 problem's N = G answers are embedded by their reasoning and split into K clusters G_k of at least G_min answers
-(constrained k-means, Bradley et al. 2000); answers compete inside their own cluster only, and right answers earn a bonus
-for being far from the other clusters. With e_i the normalised embedding of answer i:
+(constrained k-means, Bradley et al. 2000); answers compete inside their own cluster only, and right answers earn a
+bonus for being far from the other clusters. With e_i the normalised embedding of answer i:
 
     R_div(i) = mean of 1 − cos(e_i, e_j) over the answers j of other clusters                                   (1)
     R_i      = 0.9·accuracy + 0.1·format + λ(t)·[i is right]·R_div(i)                                           (2)
@@ -92,7 +92,7 @@ def reasoning(text):
 
 
 def ngrams(texts, most=2):
-    """Bags of word n-grams, n up to `most`, normalised: a list of N texts → (N, D). Needs no model, and is the toy's."""
+    """Bags of word n-grams, n up to `most`, normalised: a list of N texts → (N, D). Needs no model: the tabletop's."""
     bags = []
     for text in texts:
         words = re.findall(r"\w+|[^\w\s]", text)
@@ -138,7 +138,7 @@ def assign(distance_GK, min_size):
 
 
 def partition(embeddings_GD, clusters, min_size, seed, restarts=32):
-    """Constrained k-means: normalised embeddings (G, D) → labels (G,) in 0 … clusters − 1, each at least min_size times.
+    """Constrained k-means: normalised embeddings (G, D) → labels (G,) below `clusters`, each at least min_size times.
 
     Squared Euclidean distances; k-means++ seeds; the best of `restarts`; a function of its arguments alone.
     """
@@ -204,7 +204,8 @@ def cluster_metrics(run, embeddings_PGD, labels_PG, plain_PG, rewards_PG):
             for k in labels_G.unique() if (labels_G == k).sum() > 1]
     return dict(
         diversity=run.mean(apart_P), smallest_cluster=run.mean(torch.stack([x.min() for x in sizes_P])),
-        largest_cluster=run.mean(torch.stack([x.max() for x in sizes_P])), only_diversity_clusters=run.mean(torch.tensor(only)),
+        largest_cluster=run.mean(torch.stack([x.max() for x in sizes_P])),
+        only_diversity_clusters=run.mean(torch.tensor(only)),
     )
 
 

@@ -16,9 +16,9 @@ The problems are grids of coloured shapes, one 28x28 cell to a visual token, and
 
 Every problem can be reasoned through in three styles, each with its own trace:
 
-    scan    name every cell, row by row
-    list    name only the cells that matter, by place (column letter, row number)
-    tally   count by row (by option for mcq; by row, then by column for iou) and add up
+    rows      name every cell, row by row, counting as you go
+    columns   the same, column by column
+    marks     go row by row and name the matches only
 
 Splits: `pretrain` is what the two models are made from; `train` and `test` are new pictures like it; `ood` has 4x4 pictures,
 with colour-shape pairs or wordings that no model here was ever trained on.
@@ -63,7 +63,7 @@ SHAPES = ("circle", "square", "triangle", "star")
 UNSEEN_PAIRS = (("red", "star"), ("green", "triangle"), ("blue", "square"), ("yellow", "circle"))
 PAIRS = tuple((colour, shape) for colour in COLOURS for shape in SHAPES)
 SEEN_PAIRS = tuple(pair for pair in PAIRS if pair not in UNSEEN_PAIRS)
-EMPTY = "none"
+EMPTY, OTHER = "none", "no"
 COLUMNS = "abcd"
 LETTERS = "ABCD"
 CELL = 28  # pixels: 2x2 patches of 14, which the merger turns into one visual token
@@ -71,8 +71,8 @@ PAPER = (250, 249, 245)
 LINE = (222, 220, 212)
 
 VERIFIERS = ("digit", "mcq", "math", "iou")
-STYLES = {"scan": "Scan", "list": "Seen", "tally": "Count"}
-VISUAL_WORDS = frozenset([*COLOURS, *SHAPES, EMPTY, *COLUMNS, *"0123456789"])
+STYLES = {"rows": "Across", "columns": "Down", "marks": "Mark"}
+VISUAL_WORDS = frozenset([*COLOURS, *SHAPES, EMPTY, OTHER, *COLUMNS, *"0123456789"])
 
 # The last wording of each verifier, and of each way to say it, is kept for ood.
 WORDINGS = {
@@ -159,92 +159,63 @@ def question(spec):
 def traces(spec):
     """The problem's worked answers: {style: "<think>…</think>\\boxed{…}"}. Takes a Spec, or a problem that holds one."""
     spec = spec["spec"] if isinstance(spec, dict) else spec
-    reason = {"digit": _count_traces, "mcq": _most_traces, "math": _fraction_traces, "iou": _box_traces}[spec.verifier]
-    end = f"</think>\\boxed{{{answer(spec)}}}"
-    return {style: f"<think>{STYLES[style]} {text}{end}" for style, text in reason(spec).items()}
-
-
-def _scan(spec, target, note=lambda place, count: count):
-    """All cells row by row, by the words that the question is about; behind every match its note, else its count."""
-    seen, words = Counter(), []
-    for place, cell in cells(spec):
-        word = EMPTY if cell is None else " ".join(part for part, want in zip(cell, target) if want)
-        seen[word] += 1
-        counted = cell is not None and (True in target or matches(cell, target))
-        words.append(f"{word}{note(place, seen[word])}" if counted else word)
-    width = len(spec.grid[0])
-    return "; ".join(" ".join(words[i:i + width]) for i in range(0, len(words), width))
-
-
-def _list(spec, target):
-    """The places of the matches, row by row."""
-    found = places(spec, target)
-    rows = [[place for place in found if place[1] == str(y + 1)] for y in range(len(spec.grid))]
-    return "; ".join(" ".join(row) or EMPTY for row in rows)
-
-
-def _per_row(grid, target):
-    return [sum(matches(cell, target) for cell in row) for row in grid]
-
-
-def _plus(terms):
-    return "+".join(map(str, terms))
+    gold = answer(spec)
+    if spec.verifier == "mcq":
+        most = option_target(spec, spec.options[LETTERS.index(gold)])
+        # The readers count every option; who marks must see the answer first.
+        asked = {"rows": option_target(spec, True), "columns": option_target(spec, True), "marks": most}
+        heads = {"rows": spec.target[0], "columns": spec.target[0], "marks": _name(most)}
+    else:
+        asked, heads = dict.fromkeys(STYLES, spec.target), dict.fromkeys(STYLES, _name(spec.target))
+    return {
+        style: f"<think>{opening} {heads[style]}: {_reading(spec, style, asked[style])}{_conclusion(spec)}</think>"
+               f"\\boxed{{{gold}}}"
+        for style, opening in STYLES.items()
+    }
 
 
 def _name(target):
     return " ".join(filter(None, target))
 
 
-# NOTE FROM THE LEAD (delete when done): with the rulings, after 400 steps x 16 rows, naming cells is solved (colour and
-# shape .99) and what fails is counting words already written (final number of a scan: .12). So make every step local: a
-# running count behind each named cell ("red 1; blue 1; red 2 ..."; k/n for fractions), a number behind each listed place
-# ("a1 1 c2 2"), row sums built from names rather than at one glance; the final answer is then a copy of the last number.
-# See also /tmp/w/toyscratch/AAA_NOTE_FROM_LEAD.txt (toy.untrained, tabletop flag in config.json).
-def _count_traces(spec):
-    found, name = places(spec, spec.target), _name(spec.target)
-    return {
-        "scan": f"{name}: {_scan(spec, spec.target)} ={len(found)}",
-        "list": f"{name}: {_list(spec, spec.target)} ={len(found)}",
-        "tally": f"{name}: {_plus(_per_row(spec.grid, spec.target))}={len(found)}",
-    }
+def _reading(spec, style, target):
+    """The picture in words, row by row or column by column.
+
+    A cell is named by the attributes that `target` has; marks leave out all but the matches. Behind every match stands
+    how many of its kind there are so far, or its place where the question is for places.
+    """
+    width = len(spec.grid[0])
+    lines = [cells(spec)[i:i + width] for i in range(0, len(cells(spec)), width)]
+    seen, words = Counter(), []
+    for line in zip(*lines) if style == "columns" else lines:
+        for place, cell in line:
+            word = EMPTY if cell is None else _name(part for part, want in zip(cell, target) if want)
+            seen[word] += 1
+            if True in target and cell or matches(cell, target):
+                note = f" {place}" if spec.verifier == "iou" else str(seen[word])
+                word = place if note[0] == " " and style == "marks" else word + note
+            elif style == "marks" and cell:
+                word = OTHER
+            words.append(word)
+        words[-1] += ";"
+    return " ".join(words)[:-1]
 
 
-def _most_traces(spec):
-    found = {option: places(spec, option_target(spec, option)) for option in spec.options}
-    most = max(found, key=lambda option: len(found[option]))
-    return {
-        "scan": f"{spec.target[0]}: {_scan(spec, option_target(spec, True))}, so {most} {answer(spec)}",
-        "list": f"{most}: {_list(spec, option_target(spec, most))}, so {most} {answer(spec)}",
-        "tally": f"{spec.target[0]}: " + " ".join(f"{o}{len(w)}" for o, w in found.items()) + f", so {most} {answer(spec)}",
-    }
-
-
-def _fraction_traces(spec):
-    found, whole, name = places(spec, spec.target), len(places(spec, (None, None))), _name(spec.target)
-    lowest = Fraction(len(found), whole)
-    end = f"={len(found)}/{whole}"
-    if lowest.denominator != whole:
-        end += f"={lowest.numerator}/{lowest.denominator}"
-    rows = zip(_per_row(spec.grid, spec.target), _per_row(spec.grid, (None, None)))
-    return {
-        "scan": f"{name}: {_scan(spec, spec.target)} {end}",
-        "list": f"{name}: {_list(spec, spec.target)} {end}",
-        "tally": f"{name}: " + _plus(f"{part}/{all_}" for part, all_ in rows) + end,
-    }
-
-
-def _box_traces(spec):
-    found, name = places(spec, spec.target), _name(spec.target)
-    across = _plus(_per_row(zip(*spec.grid), spec.target))
-    return {
-        "scan": f"{name}: {_scan(spec, spec.target, lambda place, _: ' ' + place)}",
-        "list": f"{name}: {_list(spec, spec.target)}",
-        "tally": f"{name}: {_plus(_per_row(spec.grid, spec.target))} down {across} across",
-    }
+def _conclusion(spec):
+    """What follows from the reading, before the answer is boxed."""
+    if spec.verifier == "mcq":
+        return f", so {spec.options[LETTERS.index(answer(spec))]} {answer(spec)}"
+    if spec.verifier == "iou":
+        return ""
+    part, whole = len(places(spec, spec.target)), len(places(spec, (None, None)))
+    if spec.verifier == "digit":
+        return f" ={part}"
+    lowest = Fraction(part, whole)
+    return f" ={part}/{whole}" + f"={lowest.numerator}/{lowest.denominator}" * (lowest.denominator < whole)
 
 
 def style(text):
-    """The style of reasoning that an answer uses: "scan", "list", "tally", or "other"."""
+    """The style of reasoning that an answer uses: "rows", "columns", "marks", or "other"."""
     opening = text.partition("<think>")[2].split()[:1]
     return next((name for name, word in STYLES.items() if opening == [word]), "other")
 
@@ -252,7 +223,7 @@ def style(text):
 def _target(rng, verifier, pair):
     """What the question asks for, made from one pair: its colour, its shape or both."""
     colour, shape = pair
-    kind = rng.choice(("colour", "shape") if verifier in ("mcq", "math") else ("colour", "shape", "pair"))
+    kind = rng.choice(("colour", "shape", "pair") if verifier == "digit" else ("colour", "shape"))
     if verifier == "mcq":
         return (kind,)
     return (colour if kind != "shape" else None, shape if kind != "colour" else None)

@@ -23,6 +23,10 @@ def die(*args, **kwargs):
 
 
 class Run(common.Run):
+    def __init__(self, args):
+        super().__init__(args)
+        torch.set_num_threads(1)  # tests compare runs bitwise, and their models are tiny
+
     def optimizer_step(self):
         grads = {name: p.grad.full_tensor() if isinstance(p.grad, common.DTensor) else p.grad.clone()
                  for name, p in self.policy.named_parameters() if p.grad is not None}
@@ -41,13 +45,22 @@ class Run(common.Run):
             die()
 
 
+def go(name, *argv):
+    """One run in this process. Raises SystemExit as the command line would."""
+    script = importlib.import_module(name)
+    before = {key: vars(script)[key] for key in ("Run", "grade", "is_right") if key in vars(script)}
+    ours = dict(Run=Run, grade=even_length, is_right=even_length)
+    vars(script).update({key: ours[key] for key in before})
+    tables = (common.MODEL_FLAGS, common.TRAIN_FLAGS) + (common.ROLLOUT_FLAGS,) * (name != "sft")
+    try:
+        common.launch(name, script.main, script.__doc__, script.flags, script.RECIPE, script.TOY, argv=list(map(str, argv)),
+                      tables=tables)
+    finally:
+        vars(script).update(before)
+
+
 if __name__ == "__main__":
-    script = importlib.import_module(sys.argv.pop(1))
-    script.Run = Run
-    if hasattr(script, "grade"):
-        script.grade = even_length
     if os.environ.get("KILL_AT") == "checkpoint":
         common.write_atomically = lambda path, text, plain=common.write_atomically: (
             die() if path.endswith("state.json") else plain(path, text))
-    tables = (common.MODEL_FLAGS, common.TRAIN_FLAGS) + (common.ROLLOUT_FLAGS,) * (script.__name__ != "sft")
-    common.launch(script.__name__, script.main, script.__doc__, script.flags, script.RECIPE, script.TOY, tables=tables)
+    go(*sys.argv[1:])

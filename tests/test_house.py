@@ -71,10 +71,13 @@ def test_same_name_same_source():
         assert len(set(places.values())) == 1, f"{name} differs between {', '.join(places)}"
 
 
-def parsed(name, *argv):
-    script = importlib.import_module(name)
+def tables_of(name):
     tables = dict(sft=(common.MODEL_FLAGS, common.TRAIN_FLAGS), eval_passk=(common.MODEL_FLAGS,))
-    tables = tables.get(name, (common.MODEL_FLAGS, common.TRAIN_FLAGS, common.ROLLOUT_FLAGS))
+    return tables.get(name, (common.MODEL_FLAGS, common.TRAIN_FLAGS, common.ROLLOUT_FLAGS))
+
+
+def parsed(name, *argv):
+    script, tables = importlib.import_module(name), tables_of(name)
     return script, vars(common.parse_args(name, "", script.flags, script.RECIPE, script.TOY, argv, tables))
 
 
@@ -97,7 +100,8 @@ def test_a_flag_of_two_scripts_has_one_type_and_one_help():
 def test_command_line_over_toy_over_recipe_over_the_world(name):
     script, toy = parsed(name)
     _, real = parsed(name, "--model", "some/model")
-    world = {k: v[0] for table in (common.MODEL_FLAGS, common.TRAIN_FLAGS, common.ROLLOUT_FLAGS) for k, v in table.items()}
+    world = {flag: default for table in tables_of(name) for flag, (default, _) in table.items()}
+    assert set(script.RECIPE) | set(script.TOY) <= set(world) | set(own_flags(name))
     for flag, value in script.RECIPE.items():
         assert real[flag] == value
     for flag, value in script.TOY.items():

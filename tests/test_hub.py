@@ -10,7 +10,8 @@ import torch
 from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer, GenerationConfig
 
 import common
-from conftest import picture, run_script
+from conftest import picture
+from drive import go
 from test_run import metrics
 
 SIZES = [(84, 84), (120, 60), (60, 130), (100, 100), (56, 84), (200, 140), (84, 56), (90, 90)]
@@ -45,8 +46,7 @@ def trained(request, folder, geometry3k, tmp_path_factory):
     flags = ["--model", model, "--dataset", f"{geometry3k}@train", "--eval_dataset", f"{geometry3k}@test", "--max_steps", 2,
              "--prompts_per_step", 4, "--updates_per_step", 2, "--num_generations", 4, "--max_completion_length", 16,
              "--learning_rate", 1e-3, "--output_dir", place / "run"]
-    done = run_script("tests/drive.py", "grpo", *flags)
-    assert done.returncode == 0, done.stderr[-3000:]
+    go("grpo", *flags)
     return model, place / "run"
 
 

@@ -8,6 +8,7 @@ import torch
 
 import common
 from conftest import run_script
+from drive import go
 
 SMALL = [
     "--dataset", "toy@train:64", "--eval_dataset", "toy@test:6", "--num_generations_eval", 2, "--prompts_per_step", 8,
@@ -16,9 +17,14 @@ SMALL = [
 ]
 
 
-def drive(folder, place, *flags, script="grpo", **more):
-    done = run_script("tests/drive.py", script, "--model", folder, "--output_dir", place, *SMALL, *flags, **more)
-    assert done.returncode == 0, done.stderr[-3000:]
+def drive(folder, place, *flags, script="grpo", processes=1):
+    """One run, in this process or under torchrun; returns its folder."""
+    flags = [script, "--model", folder, "--output_dir", place, *SMALL, *flags]
+    if processes == 1:
+        go(*flags)
+    else:
+        done = run_script("tests/drive.py", *flags, processes=processes, timeout=180)
+        assert done.returncode == 0, done.stderr[-3000:]
     return Path(place)
 
 
@@ -53,7 +59,7 @@ def test_trap_sharded_generate(folder, tmp_path, alone):
     `normaliser` (gradients are averaged over processes, the loss is a sum): both would change the gradient.
     """
     flags = "--updates_per_step", 2, "--beta", 0.1
-    assert_same_run(alone, drive(folder, tmp_path / "two", *flags, processes=2, timeout=180))
+    assert_same_run(alone, drive(folder, tmp_path / "two", *flags, processes=2))
 
 
 def test_trap_unwrapped_forward(folder, tmp_path, alone):
@@ -76,8 +82,7 @@ def test_killed_and_resumed_to_the_same_numbers(folder, tmp_path, whole, moment)
     """SIGKILL before the first checkpoint, after one, or while one is written; then --resume: bitwise the same."""
     flags = "--model", folder, *SMALL, *FOUR_STEPS, "--output_dir", tmp_path / "killed"
     assert run_script("tests/drive.py", "grpo", *flags, KILL_AT=moment).returncode == -9
-    resumed = run_script("tests/drive.py", "grpo", *flags, "--resume")
-    assert resumed.returncode == 0, resumed.stderr[-2000:]
+    go("grpo", *flags, "--resume")
     assert metrics(tmp_path / "killed") == metrics(whole)
     assert (tmp_path / "killed/samples.jsonl").read_text() == (whole / "samples.jsonl").read_text()
     one, other = ((place / "model.safetensors").read_bytes() for place in (whole, tmp_path / "killed"))
