@@ -1,10 +1,12 @@
-"""A run as something to look at: its curves, several runs side by side, pass@k, and one page with samples.
+"""A run as something to look at: its curves, several runs side by side, pass@k, its tokens, its clusters, one page.
 
-    python lab/report.py RUN_DIR                 writes RUN_DIR/curves.png and RUN_DIR/report.html
+    python lab/report.py RUN_DIR                 writes RUN_DIR/curves.png and RUN_DIR/report.html, after vepo.py also
+                                                 signals.png and tokens.html, after mupo.py also clusters.png
     python lab/report.py RUN_DIR RUN_DIR ...     writes overlay.png (--out elsewhere); runs that differ only in the
                                                  seed become one line, their mean, in a band from lowest to highest
 
-Reads what a run writes into its --output_dir: `args.json`, `metrics.jsonl` (one object per step) and `samples.jsonl`.
+Reads what a run writes into its --output_dir: `args.json`, `metrics.jsonl` (one object per step), `samples.jsonl`, and
+of the last step `signals.jsonl` (vepo.py: one answer per line) or `clusters.jsonl` (mupo.py: one problem per line).
 Bold lines are running means, thin ones single steps; what is measured on held-out problems is never smoothed.
 A value that is not a finite number leaves a gap in its line. Every file is written whole or not at all.
 Imported from the repository's root as `lab.report`: lab/ is a folder without __init__.py, which Python allows.
@@ -16,15 +18,19 @@ import html
 import io
 import json
 import os
+import re
 import sys
 import textwrap
-from collections import namedtuple
+from collections import Counter, namedtuple
 from pathlib import Path
 
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.font_manager import findfont, get_font
+from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator
+from matplotlib.transforms import Bbox
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, Python looks in lab/, not in the root
 
@@ -57,12 +63,16 @@ NAMES = {key: f"{name} {title.lower()}".capitalize() if name else title
          for title, _, keys in PANELS for key, name in keys.items()}
 UNITS = {key: unit for _, unit, keys in PANELS for key in keys}
 SAMPLE = ("step", "id", "problem", "answer", "text", "reward")
+# What the two files of the last step hold: lists, one entry per token of an answer, or per answer to a problem.
+SIGNALS = ("tokens", "jsd", "delta_entropy", "entropy", "score", "kept")
+CLUSTERS = ("embeddings", "labels", "accuracy", "texts")
 
 # --- the house style: one place for sizes and colours
 
 # Okabe and Ito's colours, which stay apart for colour-blind eyes. A script keeps its colour in every picture.
 PALETTE = {"grpo": "#0072B2", "vepo": "#D55E00", "mupo": "#009E73", "opd": "#CC79A7", "sft": "#E69F00",
            "base": "#767676", "teacher": "#1a1a1a", "other": "#56B4E9"}
+MARKERS = "osD^vPX*"  # of clusters; a second way to tell them apart
 QUIET, WIDTH, ROW = "#767676", 9.0, 1.75  # grey; inches: at 200 dots each sharp in the 900 pixels of a README
 STYLE = {
     "font.family": "DejaVu Sans", "font.size": 8, "text.color": "#1a1a1a", "text.parse_math": False,  # a "$" stays one
@@ -92,6 +102,22 @@ def load(output_dir, name, needed):
         if not isinstance(rows[-1], dict) or not set(needed) <= set(rows[-1]):
             raise UserError(f"{path}, line {number}: not an object with {', '.join(needed)}; is it a run's file?")
     return rows
+
+
+def load_last(output_dir, name, lists):
+    """The last step's rows of signals.jsonl or clusters.jsonl, each once; none where there is no such file.
+
+    lists: the keys whose values are lists, as long as each other in a row. A resumed run may log the step again.
+    """
+    if not (Path(output_dir) / name).is_file():
+        return []
+    rows, last = load(output_dir, name, ["step", "id", "problem", *lists]), {}
+    for number, row in enumerate(rows, 1):
+        if len({len(row[key]) for key in lists}) > 1:
+            raise UserError(f"{output_dir}/{name}, object {number}: {', '.join(lists)} differ in length; delete its line")
+        if row["step"] == max(row["step"] for row in rows) and row[lists[0]]:
+            last[row["id"], json.dumps(row["tokens"] if "tokens" in lists else "")] = row
+    return list(last.values())
 
 
 def load_metrics(output_dir):
@@ -192,12 +218,26 @@ def draw_panel(axis, title, unit, lines, height):
         label_ends(axis, [line for line in lines if np.isfinite(line.y).any()], height)
 
 
+def frame(headline, caption, height):
+    """An empty figure with its sentence above and its small print below. height: inches."""
+    figure = Figure(figsize=(WIDTH, height), layout="constrained")
+    figure.suptitle(textwrap.fill(headline, 95), x=0.012, ha="left", fontsize=11, fontweight="bold")
+    figure.supxlabel(textwrap.fill(caption, 150), x=0.012, ha="left", fontsize=7.5, color=QUIET)
+    return figure
+
+
+def save(figure, path):
+    png = io.BytesIO()
+    figure.savefig(png, format="png", metadata={"Software": None})
+    return write(path, png.getvalue())
+
+
 def draw(panels, path, headline, caption, columns=3, height=ROW, xlabel="step", show_x="{:g}".format):
     """Small multiples of [(title, unit, lines)] as a PNG; the first is widened to leave no hole. Returns the path."""
     wide = 1 + -len(panels) % columns
     rows = (len(panels) + wide - 1) // columns
     with matplotlib.rc_context(STYLE):
-        figure, axis = Figure(figsize=(WIDTH, height * rows + 0.6), layout="constrained"), None
+        figure, axis = frame(headline, caption, height * rows + 0.6), None
         grid = figure.add_gridspec(rows, columns)
         for cell, panel in enumerate(panels, wide - 1):
             spot = grid[0, :wide] if cell < wide else grid[cell // columns, cell % columns]
@@ -206,11 +246,7 @@ def draw(panels, path, headline, caption, columns=3, height=ROW, xlabel="step", 
             axis.set_xlabel(xlabel if cell // columns == rows - 1 else "")
         axis.xaxis.set_major_locator(MaxNLocator(6, integer=True, steps=[1, 2, 5, 10]))
         axis.xaxis.set_major_formatter(lambda value, _: show_x(value))
-        figure.suptitle(textwrap.fill(headline, 95), x=0.012, ha="left", fontsize=11, fontweight="bold")
-        figure.supxlabel(textwrap.fill(caption, 150), x=0.012, ha="left", fontsize=7.5, color=QUIET)
-        png = io.BytesIO()
-        figure.savefig(png, format="png", metadata={"Software": None})
-    return write(path, png.getvalue())
+        return save(figure, path)
 
 
 def write(path, content):
@@ -236,7 +272,6 @@ def headline_of(rows):
     steps, mean, _, _ = trace([rows], key)
     ends = dict.fromkeys(show(mean[i], UNITS[key]) for i in (0, -1))
     return f"{NAMES[key]}: {' to '.join(ends)} by step {steps[-1]:g}"
-
 
 
 def about(args):
@@ -292,22 +327,230 @@ def pass_at_k(results, path):
                 min(3, len(panels)), 2.6, "k answers", lambda exponent: f"{2 ** exponent:g}")
 
 
+# --- the tokens and the clusters of the last step
+
+SIGNS = {"\n": "↵", "\t": "⇥"}
+SIDES = [(5, 0, "left", "center"), (-5, 0, "right", "center"), (0, 5, "center", "bottom"), (0, -5, "center", "top"),
+         (4, 4, "left", "bottom"), (4, -4, "left", "top"), (-4, 4, "right", "bottom"), (-4, -4, "right", "top")]
+TINY = 160  # pixels; a smaller picture is shown enlarged
+
+
+def visible(text):
+    """Text with a sign for line ends and tabs, and an escape for what else cannot be seen, such as turns of direction."""
+    return "".join(SIGNS.get(c, c if c.isprintable() else ascii(c)[1:-1]) for c in text)
+
+
+def token_text(token):
+    return visible(token) if token.strip(" ") else "␣" * len(token) or "∅"
+
+
+def drawable(text, most):
+    """One line of text for a picture, cut to `most` characters; a box stands for what the font has not."""
+    known, text = get_font(findfont(STYLE["font.family"])).get_charmap(), visible(" ".join(text.split()) or text)
+    text = text if len(text) <= most else text[:most - 1].rstrip() + "…"
+    return "".join(c if ord(c) in known else "□" for c in text)
+
+
+def top_fifth(values):
+    """Mask of the ⌈n/5⌉ highest of n values; of equal ones the earlier, as vepo.py picks them."""
+    mask = np.zeros(len(values), bool)
+    mask[np.argsort(-np.array(values, float), kind="stable")[:-(-len(values) // 5)]] = True
+    return mask
+
+
+def missed_by_entropy(rows):
+    """Share of the top-20% JSD tokens of each answer that are not among its top-20% entropy tokens."""
+    looks = [top_fifth(row["jsd"]) for row in rows]
+    missed = [look & ~top_fifth(row["entropy"]) for look, row in zip(looks, rows)]
+    return np.concatenate(missed).sum() / np.concatenate(looks).sum()
+
+
+def telling(entropy, jsd, words):
+    """Indices of tokens worth their name in the picture, no word twice: highest JSD, then highest entropy at low JSD."""
+    found = []
+    for key, among, count in ((jsd, jsd >= 0, 9), (entropy, jsd <= np.median(jsd), 7)):
+        first = {}
+        for i in np.argsort(-key, kind="stable"):
+            if among[i] and words[i] not in [words[j] for j in found]:
+                first.setdefault(words[i], i)
+        found += list(first.values())[:count]
+    return found
+
+
+def label_points(axis, points, words):
+    """Writes each word beside its point, (N, 2), where no other word or point is in the way; the first come first."""
+    axis.figure.draw_without_rendering()  # sizes are known only now
+    dot = axis.figure.dpi / 72 * 3
+    taken = [Bbox.from_bounds(x - dot, y - dot, 2 * dot, 2 * dot) for x, y in axis.transData.transform(points)]
+    for point, word in zip(points, words):
+        for *offset, ha, va in SIDES:
+            text = axis.annotate(word, point, offset, textcoords="offset points", ha=ha, va=va, fontsize=7.5,
+                                 path_effects=[withStroke(linewidth=1.5, foreground="white")])
+            box = text.get_window_extent()
+            inside = axis.bbox.x0 < box.x0 and box.x1 < axis.bbox.x1 and axis.bbox.y0 < box.y0 and box.y1 < axis.bbox.y1
+            if inside and not box.count_overlaps(taken):
+                taken.append(box)
+                break
+            text.remove()
+
+
+def signals(output_dir):
+    """Every token of signals.jsonl by entropy and JSD, kept or dropped, into output_dir/signals.png. Returns the path."""
+    args, rows = load(output_dir, "args.json", ["script"])[0], load_last(output_dir, "signals.jsonl", SIGNALS)
+    if not rows:
+        raise UserError(f"{output_dir}/signals.jsonl: no tokens to draw; a run of vepo.py writes them in its last step")
+    x, y, kept = (np.concatenate([row[key] for row in rows]).astype(float) for key in ("entropy", "jsd", "kept"))
+    words = [drawable(token_text(token), 20).strip() for row in rows for token in row["tokens"]]
+    headline = (f"Of the 20% of tokens that look most (JSD), {show(missed_by_entropy(rows), '%')} are not among the 20% "
+                "that hesitate most (entropy)")
+    caption = (f"{about(args)}; step {rows[0]['step']}, {len(rows)} answers. JSD: between the predictions from the picture "
+               "and from a noised one. The 20% are taken in each answer. Lines: a fifth of all tokens lies beyond.")
+    with matplotlib.rc_context(STYLE):
+        figure = frame(headline, caption, 5.2)
+        axis = figure.add_subplot(xlabel="entropy of the token, nats", ylabel="JSD, nats")
+        size = np.clip(30000 / len(x), 4, 18)
+        for chosen, colour, name in ((kept == 0, "#cfcfcf", "dropped"), (kept > 0, PALETTE["vepo"], "kept")):
+            axis.scatter(x[chosen], y[chosen], size, colour, linewidths=0, alpha=0.75, zorder=2 + (name == "kept"),
+                         label=f"{chosen.sum()} tokens {name}")
+        axis.axvline(np.quantile(x, 0.8), color=QUIET, linewidth=0.6, zorder=1)
+        axis.axhline(np.quantile(y, 0.8), color=QUIET, linewidth=0.6, zorder=1)
+        axis.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, frameon=False, borderpad=0, markerscale=1.5)
+        named = telling(x, y, words)
+        label_points(axis, np.stack([x, y], 1)[named], [words[i] for i in named])
+        return save(figure, Path(output_dir) / "signals.png")
+
+
+def plane(embeddings):
+    """(N, D) → (N, 2), the two directions of largest variance (PCA), and the share of the variance that they hold."""
+    centred = np.array(embeddings, float) - np.mean(embeddings, 0)
+    left, sizes, _ = np.linalg.svd(centred, full_matrices=False)
+    points = np.zeros((len(centred), 2))
+    points[:, :len(sizes)] = (left * sizes)[:, :2].round(9)  # what is all the same is one place, not rounding errors
+    points *= np.where(points[np.abs(points).argmax(0), [0, 1]] < 0, -1, 1)  # an SVD leaves the signs open
+    return points, (sizes[:2] ** 2).sum() / (sizes ** 2).sum() if points.any() else 1.0
+
+
+def side_by_side(points):
+    """(N, 2) → (N, 2): points that would hide each other, moved into a small spiral around the first of them."""
+    reach = 0.045 * (np.ptp(points, 0).max() or 1.0)
+    spots = np.round(points / reach)
+    turns = np.array([(spots[:i] == spots[i]).all(1).sum() for i in range(len(spots))])
+    return points + reach * np.sqrt(turns)[:, None] * np.stack([np.cos(2.4 * turns), np.sin(2.4 * turns)], 1)
+
+
+def cosine_distances(rows):
+    """The mean cosine distance of two answers to a problem, in different clusters and in the same, as a sentence."""
+    found = {"in different clusters": [], "in the same": []}
+    for row in rows:
+        e, labels = np.array(row["embeddings"], float), np.array(row["labels"])
+        e /= np.linalg.norm(e, axis=1, keepdims=True).clip(1e-12)
+        i, j = np.triu_indices(len(e), 1)
+        for name, chosen in zip(found, (labels[i] != labels[j], labels[i] == labels[j])):
+            found[name] += (1 - (e[i] * e[j]).sum(1))[chosen].tolist()
+    return ", ".join(f"{np.mean(values):.2f} {name}" for name, values in found.items() if values)
+
+
+def central_reasoning(row, label):
+    """What the answer nearest to its cluster's mean says inside <think>; all it says where there is no such block."""
+    members = [i for i, other in enumerate(row["labels"]) if other == label]
+    e = np.array(row["embeddings"], float)[members]
+    text = row["texts"][members[((e - e.mean(0)) ** 2).sum(1).argmin()]]
+    block = re.search(r"<think>(.*?)(</think>|$)", text, re.DOTALL)
+    return block[1] if block else text
+
+
+def draw_clusters(row, axis, key_axis):
+    """A problem's answers in the plane, and one line for each cluster beside it."""
+    points, share = plane(row["embeddings"])
+    points, right = side_by_side(points), np.array(row["accuracy"], float) >= 0.5
+    names = sorted(set(row["labels"]))
+    for place, (label, colour) in enumerate(zip(names, PALETTE.values())):
+        mine = np.array(row["labels"]) == label
+        for chosen, fill in ((mine & right, colour), (mine & ~right, "white")):
+            axis.scatter(*points[chosen].T, 26, fill, MARKERS[place], edgecolors=colour, linewidths=1.2)
+        height = 1 - (place + 0.5) / len(names)
+        key_axis.scatter(0.01, height, 26, colour, MARKERS[place])
+        text = textwrap.fill(drawable(central_reasoning(row, label), 170), 88)
+        key_axis.text(0.035, height, f"{mine.sum()} answers, {(mine & right).sum()} right\n{text}", va="center", fontsize=7.5)
+    axis.set(xticks=[], yticks=[], xlabel=f"{100 * share:.0f}% of the variance")
+    axis.set_aspect("equal", "datalim")
+    axis.margins(0.12)
+    key_axis.set(xlim=(0, 1), ylim=(0, 1))
+    key_axis.axis("off")
+
+
+def clusters(output_dir, pictures=None):
+    """The answers to up to four problems by cluster, into output_dir/clusters.png. Returns the path.
+
+    pictures: problem id -> PIL image, to stand beside its answers.
+    """
+    args, rows = load(output_dir, "args.json", ["script"])[0], load_last(output_dir, "clusters.jsonl", CLUSTERS)[:4]
+    if not rows:
+        raise UserError(f"{output_dir}/clusters.jsonl: no answers to draw; a run of mupo.py writes them in its last step")
+    caption = (f"{about(args)}; step {rows[0]['step']}. Filled: right (accuracy at least 0.5); hollow: wrong. Plane: first two "
+               "principal components of the embedded reasoning; answers in one place stand side by side. "
+               "Beside it: what the most central answer of each cluster says.")
+    pictures = {row["id"]: pictures[row["id"]] for row in rows if row["id"] in (pictures or {})}
+    height = max(ROW, 0.5 * max(len(set(row["labels"])) for row in rows))
+    with matplotlib.rc_context(STYLE | {"axes.grid": False, "axes.spines.top": True, "axes.spines.right": True}):
+        figure = frame(f"Cosine distance of two answers: {cosine_distances(rows)}", caption, height * len(rows) + 0.8)
+        grid = figure.add_gridspec(len(rows), 3, width_ratios=[0.9 if pictures else 0.001, 1.9, 5])
+        for row, (first, second, third) in zip(rows, np.array([[grid[i, j] for j in range(3)] for i in range(len(rows))])):
+            axis = figure.add_subplot(first, anchor="NW")
+            axis.set_title(drawable(row["problem"], 120))
+            axis.axis("off")
+            if row["id"] in pictures:
+                image = pictures[row["id"]].convert("RGB")
+                axis.imshow(image, interpolation="nearest" if max(image.size) <= TINY else "antialiased")
+            draw_clusters(row, figure.add_subplot(second), figure.add_subplot(third))
+        return save(figure, Path(output_dir) / "clusters.png")
+
+
 # --- the page
 
-PAGE = """<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
+# Neither page may run a script or fetch anything, whatever the model wrote.
+HEAD = """<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline';
+base-uri 'none'; form-action 'none'">
 <style>body {{ font: 15px/1.5 system-ui, sans-serif; color: #1a1a1a; margin: 2.5rem max(1rem, 50vw - 30rem) }}
 h1 {{ font-size: 1.5rem; margin: 0 }} h2 {{ font-size: 1.1rem; margin: 2.5rem 0 .5rem }} p {{ margin: .3rem 0 }}
-.quiet {{ color: #767676; font-size: .87rem }} .curves {{ width: 100% }} .pair {{ display: flex; gap: 2rem }}
+.quiet {{ color: #767676; font-size: .87rem }} .tiny {{ image-rendering: pixelated }}
+"""
+PAGE = HEAD + """.curves {{ width: 100% }} .pair {{ display: flex; gap: 2rem }} a {{ color: #0072B2 }}
 td {{ padding: .15rem 1.6rem .15rem 0; border-bottom: 1px solid #ececec }} section {{ flex: 1; min-width: 0 }}
 article {{ border-top: 1px solid #ececec; padding: .8rem 0 }} article img {{ float: right; width: 7rem }}
 pre {{ white-space: pre-wrap; overflow-wrap: anywhere; clear: both; background: #f7f7f7; padding: .6rem }}
 </style></head><body><h1>{title}</h1><p class="quiet">{about}</p><img class="curves" alt="curves" src="{picture}">
-<h2>In numbers, start and end</h2><table>{numbers}</table>
+{more}<h2>In numbers, start and end</h2><table>{numbers}</table>
 <h2>What it answered, early and late</h2><div class="pair"><section>{early}</section><section>{late}</section></div>
 <h2>Flags</h2><pre>{flags}</pre></body></html>"""
 CARD = """<article>{picture}<p class="quiet">step {step}, problem {id}, reward <b>{reward}</b></p><p>{problem}</p>
 <p class="quiet">right answer: {answer}</p><pre>{text}</pre></article>"""
+MORE = '<h2>{title}</h2><img class="curves" alt="{title}" src="{picture}">{link}'
+# Radio buttons and sibling selectors switch the shade, so that the page needs no script. Signal: name, unit, hue, meaning.
+SHADES = {
+    "jsd": ("JSD", " nats", "230 159 0", "how far a noised picture moves the prediction"),
+    "entropy": ("Entropy", " nats", "86 180 233", "how much the policy hesitates"),
+    "delta_entropy": ("|ΔH|", " nats", "0 158 115", "how much a noised picture changes the entropy"),
+    "score": ("Score", "", "204 121 167", "from the three, what the tokens are kept by"),
+}
+TOKENS = HEAD + """input {{ position: fixed; opacity: 0 }} label {{ cursor: pointer; padding: .15rem .8rem; border-radius: 1rem }}
+nav {{ position: sticky; top: 0; background: white; padding: .7rem 0; border-bottom: 1px solid #a0a0a0; margin-top: 1rem }}
+nav p {{ display: none; margin: .5rem .8rem 0 }} nav i {{ display: inline-block; width: 10rem; height: .7rem;
+background: linear-gradient(to right, transparent, rgb(var(--hue) / .7)); border: 1px solid #ececec; margin: 0 .3rem }}
+article {{ display: flex; gap: 1.5rem; border-bottom: 1px solid #ececec; padding: 1.2rem 0 }} section {{ min-width: 0 }}
+.picture {{ flex: 0 0 10.5rem }} .picture img {{ width: 100% }} .tokens {{ white-space: pre-wrap; overflow-wrap: anywhere;
+line-height: 2; margin-top: .5rem }} .tokens span {{ background: rgb(var(--hue) / calc(.7 * var(--shade, 0)));
+border-radius: 3px; padding: .15rem 0 }} .kept {{ text-decoration: underline 2px #1a1a1a; text-underline-offset: 4px }}
+{rules}</style></head><body><h1>{title}</h1><p class="quiet">{about}</p>
+<p>Shaded: the value chosen below. <span class="kept">Underlined</span>: kept, the tokens that carry the gradient.
+Hover over a token for its numbers.</p>{buttons}<nav>{scales}</nav>{answers}</body></html>"""
+ANSWER = """<article><div class="picture">{picture}</div><section><p class="quiet">problem {id}</p><p>{problem}</p>
+<div class="tokens">{tokens}</div></section></article>"""
+RULE = """#{key}:checked ~ * {{ --hue: {hue} }} #{key}:checked ~ article span {{ --shade: var(--{key}) }}
+#{key}:checked ~ nav p.{key} {{ display: block }} #{key}:checked ~ nav label[for={key}] {{ background: rgb({hue} / .5) }}
+#{key}:focus-visible ~ nav label[for={key}] {{ outline: 2px solid #1a1a1a }}
+"""
 
 
 def data_uri(png):
@@ -323,21 +566,65 @@ def numbers_row(rows, key):
     return "<tr>" + "".join(f"<td>{cell}</td>" for cell in [*cells, UNITS[key].strip("%")]) + "</tr>"
 
 
+def picture_tag(problem_id, pictures):
+    """A problem's picture as HTML, nothing where it is not given. A tiny one is enlarged with its pixels sharp."""
+    if problem_id not in pictures:
+        return ""
+    small, png = pictures[problem_id].convert("RGB"), io.BytesIO()
+    small.thumbnail((448, 448))
+    small.save(png, "PNG")
+    size = "tiny" if max(small.size) <= TINY else "large"
+    return f'<img class="{size}" alt="the picture of the problem" src="{data_uri(png.getvalue())}">'
+
+
 def card(sample, pictures):
     """One answer as HTML. What a model wrote is hostile: every value is escaped."""
-    picture = ""
-    if sample["id"] in pictures:
-        small, png = pictures[sample["id"]].convert("RGB"), io.BytesIO()
-        small.thumbnail((448, 448))
-        small.save(png, "PNG")
-        picture = f'<img alt="the picture of the problem" src="{data_uri(png.getvalue())}">'
-    return CARD.format(picture=picture, **{key: html.escape(str(sample[key])) for key in SAMPLE})
+    return CARD.format(picture=picture_tag(sample["id"], pictures),
+                       **{key: html.escape(str(sample[key])) for key in SAMPLE})
 
 
-def page(output_dir, pictures=None):
+def answer_html(row, tops):
+    """An answer's tokens as HTML, each with its four values: as numbers, and over their highest as shades."""
+    spans = []
+    for i, token in enumerate(row["tokens"]):
+        shades = ";".join(f"--{key}:{np.nan_to_num(row[key][i] / tops[key]):.2f}" for key in SHADES)
+        numbers = ", ".join(f"{name} {row[key][i]:.4g}{unit}" for key, (name, unit, *_) in SHADES.items())
+        kept, end = ' class="kept"' if row["kept"][i] else "", "\n" * token.count("\n")
+        spans.append(f'<span{kept} style="{shades}" title="{numbers}">{html.escape(token_text(token))}</span>{end}')
+    return "".join(spans)
+
+
+def tokens(output_dir, pictures=None):
+    """Up to 16 answers of signals.jsonl, each token shaded by its signals, as output_dir/tokens.html. Returns the path.
+
+    It needs no other file, no network and no script. pictures: problem id -> PIL image; their answers come first.
+    """
+    args, rows = load(output_dir, "args.json", ["script"])[0], load_last(output_dir, "signals.jsonl", SIGNALS)
+    if not rows:
+        raise UserError(f"{output_dir}/signals.jsonl: no tokens to show; a run of vepo.py writes them in its last step")
+    pictures, seen = pictures or {}, Counter()
+    for row in rows:
+        row["nth"] = seen[row["id"]] = seen[row["id"]] + 1
+    rows = sorted(rows, key=lambda row: (row["id"] not in pictures, row["nth"]))[:16]  # first an answer to each problem
+    tops = {key: np.nan_to_num(np.concatenate([row[key] for row in rows]).astype(float)).max() or 1 for key in SHADES}
+    buttons, labels, scales, rules, checked = "", "", "", "", " checked"
+    for key, (name, unit, hue, meaning) in SHADES.items():
+        buttons, checked = buttons + f'<input type="radio" name="shade" id="{key}"{checked}>', ""
+        labels += f'<label for="{key}">{name}</label>'
+        scales += f'<p class="quiet {key}">0 <i></i> {tops[key]:.3g}{unit}: {meaning}</p>'
+        rules += RULE.format(key=key, hue=hue)
+    answers = "".join(ANSWER.format(
+        picture=picture_tag(row["id"], pictures), id=html.escape(str(row["id"])), tokens=answer_html(row, tops),
+        problem=html.escape(row["problem"])) for row in rows)
+    text = TOKENS.format(title=f"{len(rows)} answers, token by token", rules=rules, buttons=buttons, answers=answers,
+                         about=html.escape(f"{about(args)}; step {rows[0]['step']}"), scales=labels + scales)
+    return write(Path(output_dir) / "tokens.html", text.encode("utf-8", errors="replace"))
+
+
+def page(output_dir, pictures=None, more=""):
     """Writes output_dir/report.html, which needs no other file and no network, and curves.png. Returns the page's path.
 
-    pictures: problem id -> PIL image, to stand beside its samples.
+    pictures: problem id -> PIL image, to stand beside its samples. more: HTML to stand below the curves.
     """
     args, rows = load(output_dir, "args.json", ["script"])[0], load_metrics(output_dir)
     logged = (Path(output_dir) / "samples.jsonl").exists()  # a warm start on given traces samples nothing
@@ -345,7 +632,7 @@ def page(output_dir, pictures=None):
     middle = len(cards) // 2
     text = PAGE.format(
         title=html.escape(headline_of(rows)), about=html.escape(about(args)),
-        picture=data_uri(curves(output_dir).read_bytes()), flags=html.escape(json.dumps(args, indent=2)),
+        picture=data_uri(curves(output_dir).read_bytes()), more=more, flags=html.escape(json.dumps(args, indent=2)),
         numbers="".join(numbers_row(rows, key) for key in NAMES if len(series(rows, key)[0])),
         early="".join(cards[:middle][:4]), late="".join(cards[middle:][-4:]) or "No samples were logged.")
     # JSON can carry half a surrogate pair, UTF-8 cannot: it becomes "?".
@@ -356,8 +643,19 @@ def page(output_dir, pictures=None):
 
 
 def finish(output_dir, pictures=None):
-    """All that a finished run has to show; returns the path of report.html."""
-    return page(output_dir, pictures)
+    """Draws all that a run has to show, in output_dir; returns the path of report.html, where it is found.
+
+    pictures: problem id -> PIL image, for the problems whose picture is to stand beside their answers.
+    """
+    more = ""
+    if load_last(output_dir, "signals.jsonl", SIGNALS):
+        link = f'<p><a href="{tokens(output_dir, pictures).name}">Answers token by token</a></p>'
+        picture = data_uri(signals(output_dir).read_bytes())
+        more += MORE.format(title="Which tokens look, and which hesitate", picture=picture, link=link)
+    if load_last(output_dir, "clusters.jsonl", CLUSTERS):
+        picture = data_uri(clusters(output_dir, pictures).read_bytes())
+        more += MORE.format(title="How it reasoned, by cluster", picture=picture, link="")
+    return page(output_dir, pictures, more)
 
 
 def label_runs(output_dirs):
@@ -374,12 +672,12 @@ def label_runs(output_dirs):
 
 def main(argv=None):
     """The command line; a UserError is one line and exit status 2."""
-    parser = argparse.ArgumentParser(description="One run: curves.png and report.html in it. Several: overlay.png.")
+    parser = argparse.ArgumentParser(description="One run: its pictures and report.html, in it. Several: overlay.png.")
     parser.add_argument("runs", nargs="+", metavar="RUN_DIR", help="the --output_dir of a run")
     parser.add_argument("--out", default="overlay.png", help="where the picture of several runs goes")
     args = parser.parse_args(argv)
     try:
-        print(page(args.runs[0]) if len(args.runs) == 1 else overlay(label_runs(args.runs), args.out))
+        print(finish(args.runs[0]) if len(args.runs) == 1 else overlay(label_runs(args.runs), args.out))
     except UserError as error:
         parser.exit(2, f"error: {error}\n")
 

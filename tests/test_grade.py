@@ -9,7 +9,11 @@ import time
 import pytest
 from PIL import Image
 
-from common import UserError, box_iou, check_gold, final_answer, format_reward, grade, read_math, reasoning
+from common import UserError, box_iou, final_answer, format_reward, grade
+from lab import algebra
+from lab.algebra import read_math
+from lab.data import check_gold
+from mupo import reasoning
 
 
 def score(gold, answer, verifier="math", **extra):
@@ -28,12 +32,12 @@ def test_trap_regex():
 
 def test_format():
     for text in ("<think>a</think>\\boxed{1}", " \n<think>a\nb</think>\n\nso \\boxed{\\frac{1}{2}}."):
-        assert format_reward(text) == 1.0, text
+        assert format_reward({}, text) == 1.0, text
     for text in ("\\boxed{1}", "<think></think>\\boxed{1}", "<think> \n</think>\\boxed{1}", "<think>\\boxed{1}</think>",
                  "<think>a\\boxed{1}", "so <think>a</think>\\boxed{1}", "<think>a</think>1", "<think>a</think>\\boxed{}",
                  "<think>a</think><think>b</think>\\boxed{1}", "<think><think>a</think>\\boxed{1}",
                  "<think>a</think></think>\\boxed{1}", "</think>a<think>\\boxed{1}", ""):
-        assert format_reward(text) == 0.0, text
+        assert format_reward({}, text) == 0.0, text
 
 
 def test_reasoning():
@@ -200,7 +204,7 @@ def test_counter_outlives_generators(monkeypatch):
         return True
 
     assert score("2x+1", "1+2x") == 1  # both are read, and remembered, before the limits below
-    world = grade.__globals__
+    world = vars(algebra)
     monkeypatch.setitem(world, "verify", endless)
     for limit in range(50, 70):  # so that the limit is reached in every kind of call
         monkeypatch.setitem(world, "MAX_CALLS", limit)
