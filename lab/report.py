@@ -467,9 +467,9 @@ def draw_clusters(row, axis, key_axis):
     for place, (label, colour) in enumerate(zip(names, PALETTE.values())):
         mine = np.array(row["labels"]) == label
         for chosen, fill in ((mine & right, colour), (mine & ~right, "white")):
-            axis.scatter(*points[chosen].T, 26, fill, MARKERS[place], edgecolors=colour, linewidths=1.2)
+            axis.scatter(*points[chosen].T, 26, fill, marker=MARKERS[place], edgecolors=colour, linewidths=1.2)
         height = 1 - (place + 0.5) / len(names)
-        key_axis.scatter(0.01, height, 26, colour, MARKERS[place])
+        key_axis.scatter(0.01, height, 26, colour, marker=MARKERS[place])
         text = textwrap.fill(drawable(central_reasoning(row, label), 170), 88)
         key_axis.text(0.035, height, f"{mine.sum()} answers, {(mine & right).sum()} right\n{text}", va="center", fontsize=7.5)
     axis.set(xticks=[], yticks=[], xlabel=f"{100 * share:.0f}% of the variance")
@@ -495,14 +495,15 @@ def clusters(output_dir, pictures=None):
     with matplotlib.rc_context(STYLE | {"axes.grid": False, "axes.spines.top": True, "axes.spines.right": True}):
         figure = frame(f"Cosine distance of two answers: {cosine_distances(rows)}", caption, height * len(rows) + 0.8)
         grid = figure.add_gridspec(len(rows), 3, width_ratios=[0.9 if pictures else 0.001, 1.9, 5])
-        for row, (first, second, third) in zip(rows, np.array([[grid[i, j] for j in range(3)] for i in range(len(rows))])):
-            axis = figure.add_subplot(first, anchor="NW")
+        for p, row in enumerate(rows):
+            axis, plane_axis, key_axis = (figure.add_subplot(grid[p, column]) for column in range(3))
             axis.set_title(drawable(row["problem"], 120))
             axis.axis("off")
             if row["id"] in pictures:
                 image = pictures[row["id"]].convert("RGB")
                 axis.imshow(image, interpolation="nearest" if max(image.size) <= TINY else "antialiased")
-            draw_clusters(row, figure.add_subplot(second), figure.add_subplot(third))
+            axis.set_anchor("NW")
+            draw_clusters(row, plane_axis, key_axis)
         return save(figure, Path(output_dir) / "clusters.png")
 
 
