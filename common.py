@@ -89,6 +89,7 @@ ROLLOUT_FLAGS = dict(
     updates_per_step=(4, "optimiser updates from one rollout, each on its share of the problems"),
 )
 WORLD_CHOICES = dict(lr_scheduler_type=("constant", "cosine"))
+MAY_BE_ZERO = {"seed", "eval_steps", "warmup_steps", "num_train_epochs", "early_stop", "held_out_traces"}
 # --resume refuses to change any flag but these: the others would change the numbers.
 FREE_ON_RESUME = {"resume", "output_dir", "report_to", "save_steps", "sample_batch_size"}
 
@@ -118,13 +119,12 @@ def parse_args(script, doc, flags, recipe, toy, argv=None, tables=(MODEL_FLAGS, 
         parser.set_defaults(**toy)
     args = parser.parse_args(argv)
     for name, value in vars(args).items():
-        if type(value) is int and value < 1 <= parser.get_default(name):
-            parser.error(f"--{name} is {value}; it must be at least 1")
+        if type(value) is int and value < (name not in MAY_BE_ZERO):
+            parser.error(f"--{name} is {value}; it must be at least {int(name not in MAY_BE_ZERO)}")
     if args.temperature <= 0 and TRAIN_FLAGS in tables:
         parser.error(f"--temperature is {args.temperature}; training samples, so it must be above 0")
     args.script = script
-    model = args.model.rstrip("/").split("/")[-1]
-    args.output_dir = args.output_dir or os.path.join("runs", f"{script}-{model}-{args.seed}")
+    args.output_dir = args.output_dir or f"runs/{script}-{Path(args.model.split(',')[0]).name}-{args.seed}"
     return args
 
 
@@ -976,10 +976,10 @@ def grade(problem, text, judge=None):
     return box_iou(in_pixels(gold, problem), in_pixels(answer, problem)) if verifier == "iou" else float(gold == answer)
 
 
-def is_right(problem, text):
-    """Whether an answer counts as right: reward 1; for a box an IoU of at least .5, for a judged answer above 0."""
-    reward = grade(problem, text)
-    return reward >= 0.5 if problem["verifier"] == "iou" else reward == 1.0
+def is_right(problem, text, judge=None):
+    """Whether an answer counts as right: a box with an IoU of at least .5, a judged answer above 0, any other at 1."""
+    reward = grade(problem, text, judge)
+    return reward >= 0.5 if problem["verifier"] == "iou" else reward > 0
 
 
 def algebra():

@@ -3,7 +3,7 @@
 Math-Verify hands strings to sympy, and sympy believes anything: that "left" is e·f·l·t, that 9^9^9^9 is to be computed.
 So words are compared as strings, and only short expressions made of known parts get that far. Math-Verify's own bound
 is an alarm signal, which needs the main thread and makes rewards depend on the machine's speed; here a comparison may
-cost a number of function calls instead. `common.grade` imports this module when it meets its first answer.
+cost a number of function calls instead (fewer, the more sympy has seen before). `common.grade` imports this module when it meets its first answer.
 """
 
 import inspect
@@ -20,7 +20,7 @@ from math_verify.errors import TimeoutException
 logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns whenever its alarm is off
 LATEX = [LatexExtractionConfig(boxed_match_priority=-1, normalization_config=NormalizationConfig(
     basic_latex=True, units=False, malformed_operators=True, nits=True, boxed="none"))]  # units=True reads 3ab as 3
-MAX_CALLS = 1_500_000  # about 0.3 s; an ordinary comparison costs 1,000 to 500,000, an early one 1,200,000
+MAX_CALLS = 2_000_000  # about 0.4 s; an ordinary comparison costs 1,000 to 500,000, an early one up to 1,500,000
 MAX_LENGTH = 150
 KNOWN = set("""frac sqrt pi cdot times div pm mp le leq ge geq lt gt ne neq infty in cup cap sin cos tan sec csc cot
     arcsin arccos arctan ln log angle alpha beta gamma theta phi lambda mu omega rho sigma""".split())

@@ -30,7 +30,6 @@ from matplotlib.figure import Figure
 from matplotlib.font_manager import findfont, get_font
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator
-from matplotlib.transforms import Bbox
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, Python looks in lab/, not in the root
 
@@ -105,19 +104,17 @@ def load(output_dir, name, needed):
 
 
 def load_last(output_dir, name, lists):
-    """The last step's rows of signals.jsonl or clusters.jsonl, each once; none where there is no such file.
+    """(about the run, the last step's rows) of signals.jsonl or clusters.jsonl. lists: the keys that hold lists.
 
-    lists: the keys whose values are lists, as long as each other in a row. A resumed run may log the step again.
+    No row comes twice, as it would where a resumed run logged the step again.
     """
-    if not (Path(output_dir) / name).is_file():
-        return []
     rows, last = load(output_dir, name, ["step", "id", "problem", *lists]), {}
-    for number, row in enumerate(rows, 1):
-        if len({len(row[key]) for key in lists}) > 1:
-            raise UserError(f"{output_dir}/{name}, object {number}: {', '.join(lists)} differ in length; delete its line")
-        if row["step"] == max(row["step"] for row in rows) and row[lists[0]]:
-            last[row["id"], json.dumps(row["tokens"] if "tokens" in lists else "")] = row
-    return list(last.values())
+    for row in rows:
+        if row["step"] == rows[-1]["step"] and row[lists[0]]:
+            last[row["id"], *row.get("tokens", ())] = row  # a problem has several answers in signals.jsonl
+    if not last:
+        raise UserError(f"{output_dir}/{name}: nothing to draw; vepo.py and mupo.py write it in their last step")
+    return f"{about(load(output_dir, 'args.json', ['script'])[0])}; step {rows[-1]['step']}", list(last.values())
 
 
 def load_metrics(output_dir):
@@ -332,11 +329,10 @@ def pass_at_k(results, path):
 SIGNS = {"\n": "↵", "\t": "⇥"}
 SIDES = [(5, 0, "left", "center"), (-5, 0, "right", "center"), (0, 5, "center", "bottom"), (0, -5, "center", "top"),
          (4, 4, "left", "bottom"), (4, -4, "left", "top"), (-4, 4, "right", "bottom"), (-4, -4, "right", "top")]
-TINY = 160  # pixels; a smaller picture is shown enlarged
 
 
 def visible(text):
-    """Text with a sign for line ends and tabs, and an escape for what else cannot be seen, such as turns of direction."""
+    """Text with a sign for line ends and tabs, and an escape for what else cannot be seen, as turns of direction."""
     return "".join(SIGNS.get(c, c if c.isprintable() else ascii(c)[1:-1]) for c in text)
 
 
@@ -345,10 +341,9 @@ def token_text(token):
 
 
 def drawable(text, most):
-    """One line of text for a picture, cut to `most` characters; a box stands for what the font has not."""
-    known, text = get_font(findfont(STYLE["font.family"])).get_charmap(), visible(" ".join(text.split()) or text)
-    text = text if len(text) <= most else text[:most - 1].rstrip() + "…"
-    return "".join(c if ord(c) in known else "□" for c in text)
+    """Text as one line of a picture, cut to `most` characters; a box stands for what the font has not."""
+    known, text = get_font(findfont(STYLE["font.family"])).get_charmap(), visible(" ".join(text.split()))
+    return "".join(c if ord(c) in known else "□" for c in (text if len(text) <= most else text[:most - 1] + "…"))
 
 
 def top_fifth(values):
@@ -360,72 +355,67 @@ def top_fifth(values):
 
 def missed_by_entropy(rows):
     """Share of the top-20% JSD tokens of each answer that are not among its top-20% entropy tokens."""
-    looks = [top_fifth(row["jsd"]) for row in rows]
-    missed = [look & ~top_fifth(row["entropy"]) for look, row in zip(looks, rows)]
-    return np.concatenate(missed).sum() / np.concatenate(looks).sum()
+    looks, hesitates = (np.concatenate([top_fifth(row[key]) for row in rows]) for key in ("jsd", "entropy"))
+    return (looks & ~hesitates).sum() / looks.sum()
 
 
 def telling(entropy, jsd, words):
-    """Indices of tokens worth their name in the picture, no word twice: highest JSD, then highest entropy at low JSD."""
+    """Indices of tokens worth naming: those of highest JSD, then of highest entropy at low JSD, no word twice in each."""
     found = []
-    for key, among, count in ((jsd, jsd >= 0, 9), (entropy, jsd <= np.median(jsd), 7)):
+    for key, among, count in ((jsd, jsd >= 0, 9), (entropy, jsd <= np.quantile(jsd, 0.8), 7)):
         first = {}
         for i in np.argsort(-key, kind="stable"):
-            if among[i] and words[i] not in [words[j] for j in found]:
+            if among[i]:
                 first.setdefault(words[i], i)
         found += list(first.values())[:count]
-    return found
+    return list(dict.fromkeys(found))
 
 
-def label_points(axis, points, words):
-    """Writes each word beside its point, (N, 2), where no other word or point is in the way; the first come first."""
+def label_points(axis, points, chosen, words):
+    """Writes its word beside each chosen point of (N, 2), where it hides the fewest points; never over another word."""
     axis.figure.draw_without_rendering()  # sizes are known only now
-    dot = axis.figure.dpi / 72 * 3
-    taken = [Bbox.from_bounds(x - dot, y - dot, 2 * dot, 2 * dot) for x, y in axis.transData.transform(points)]
-    for point, word in zip(points, words):
-        for *offset, ha, va in SIDES:
-            text = axis.annotate(word, point, offset, textcoords="offset points", ha=ha, va=va, fontsize=7.5,
-                                 path_effects=[withStroke(linewidth=1.5, foreground="white")])
-            box = text.get_window_extent()
-            inside = axis.bbox.x0 < box.x0 and box.x1 < axis.bbox.x1 and axis.bbox.y0 < box.y0 and box.y1 < axis.bbox.y1
-            if inside and not box.count_overlaps(taken):
-                taken.append(box)
-                break
+    places, taken = axis.transData.transform(points), []
+    for i in chosen:
+        texts = [axis.annotate(words[i], points[i], offset, textcoords="offset points", ha=ha, va=va, fontsize=7.5,
+                               path_effects=[withStroke(linewidth=1.5, foreground="white")])
+                 for *offset, ha, va in SIDES]
+        boxes = [text.get_window_extent().padded(3) for text in texts]
+        hidden = [((places > box.min) & (places < box.max)).all(1).sum() for box in boxes]
+        free = [k for k, box in enumerate(boxes) if not box.count_overlaps(taken)
+                and (box.min > axis.bbox.min).all() and (box.max < axis.bbox.max).all()]
+        best = min(free, key=hidden.__getitem__, default=None)
+        taken += [boxes[best]] if free else []
+        for text in texts[:best] + texts[best + 1:] if free else texts:
             text.remove()
 
 
 def signals(output_dir):
-    """Every token of signals.jsonl by entropy and JSD, kept or dropped, into output_dir/signals.png. Returns the path."""
-    args, rows = load(output_dir, "args.json", ["script"])[0], load_last(output_dir, "signals.jsonl", SIGNALS)
-    if not rows:
-        raise UserError(f"{output_dir}/signals.jsonl: no tokens to draw; a run of vepo.py writes them in its last step")
+    """All tokens of signals.jsonl by entropy and JSD, kept and dropped, as output_dir/signals.png. Returns its path."""
+    source, rows = load_last(output_dir, "signals.jsonl", SIGNALS)
     x, y, kept = (np.concatenate([row[key] for row in rows]).astype(float) for key in ("entropy", "jsd", "kept"))
-    words = [drawable(token_text(token), 20).strip() for row in rows for token in row["tokens"]]
-    headline = (f"Of the 20% of tokens that look most (JSD), {show(missed_by_entropy(rows), '%')} are not among the 20% "
-                "that hesitate most (entropy)")
-    caption = (f"{about(args)}; step {rows[0]['step']}, {len(rows)} answers. JSD: between the predictions from the picture "
-               "and from a noised one. The 20% are taken in each answer. Lines: a fifth of all tokens lies beyond.")
+    words = [drawable(token_text(token), 20) for row in rows for token in row["tokens"]]
+    headline = f"{show(missed_by_entropy(rows), '%')} of the top-20% JSD tokens are not among the top 20% by entropy"
+    caption = (f"{source}, {len(rows)} answers. JSD: between the predictions with the picture and with a noised one. "
+               "The top 20% are taken within each answer. Thin lines: a fifth of all tokens lies beyond.")
     with matplotlib.rc_context(STYLE):
         figure = frame(headline, caption, 5.2)
         axis = figure.add_subplot(xlabel="entropy of the token, nats", ylabel="JSD, nats")
-        size = np.clip(30000 / len(x), 4, 18)
         for chosen, colour, name in ((kept == 0, "#cfcfcf", "dropped"), (kept > 0, PALETTE["vepo"], "kept")):
-            axis.scatter(x[chosen], y[chosen], size, colour, linewidths=0, alpha=0.75, zorder=2 + (name == "kept"),
-                         label=f"{chosen.sum()} tokens {name}")
-        axis.axvline(np.quantile(x, 0.8), color=QUIET, linewidth=0.6, zorder=1)
-        axis.axhline(np.quantile(y, 0.8), color=QUIET, linewidth=0.6, zorder=1)
-        axis.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, frameon=False, borderpad=0, markerscale=1.5)
-        named = telling(x, y, words)
-        label_points(axis, np.stack([x, y], 1)[named], [words[i] for i in named])
+            axis.scatter(x[chosen], y[chosen], np.clip(30000 / len(x), 4, 18), colour, linewidths=0, alpha=0.75,
+                         label=f"{chosen.sum()} tokens {name}", zorder=2)
+        for draw_line, values in ((axis.axvline, x), (axis.axhline, y)):
+            draw_line(np.quantile(values, 0.8), color=QUIET, linewidth=0.6, zorder=0.9)
+        axis.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, frameon=False, borderpad=0, handletextpad=0)
+        label_points(axis, np.stack([x, y], 1), telling(x, y, words), words)
         return save(figure, Path(output_dir) / "signals.png")
 
 
 def plane(embeddings):
-    """(N, D) → (N, 2), the two directions of largest variance (PCA), and the share of the variance that they hold."""
+    """(N, D) → (N, 2), along the two directions of largest variance (PCA), and the share of the variance they hold."""
     centred = np.array(embeddings, float) - np.mean(embeddings, 0)
     left, sizes, _ = np.linalg.svd(centred, full_matrices=False)
     points = np.zeros((len(centred), 2))
-    points[:, :len(sizes)] = (left * sizes)[:, :2].round(9)  # what is all the same is one place, not rounding errors
+    points[:, :len(sizes)] = (left * sizes)[:, :2].round(9)  # equal answers are in one place, not in rounding errors
     points *= np.where(points[np.abs(points).argmax(0), [0, 1]] < 0, -1, 1)  # an SVD leaves the signs open
     return points, (sizes[:2] ** 2).sum() / (sizes ** 2).sum() if points.any() else 1.0
 
@@ -434,75 +424,71 @@ def side_by_side(points):
     """(N, 2) → (N, 2): points that would hide each other, moved into a small spiral around the first of them."""
     reach = 0.045 * (np.ptp(points, 0).max() or 1.0)
     spots = np.round(points / reach)
-    turns = np.array([(spots[:i] == spots[i]).all(1).sum() for i in range(len(spots))])
-    return points + reach * np.sqrt(turns)[:, None] * np.stack([np.cos(2.4 * turns), np.sin(2.4 * turns)], 1)
+    turns = np.array([[(spots[:i] == spot).all(1).sum()] for i, spot in enumerate(spots)])
+    return points + reach * np.sqrt(turns) * np.concatenate([np.cos(2.4 * turns), np.sin(2.4 * turns)], 1)
 
 
 def cosine_distances(rows):
-    """The mean cosine distance of two answers to a problem, in different clusters and in the same, as a sentence."""
-    found = {"in different clusters": [], "in the same": []}
+    """The mean cosine distance of two answers to a problem, in different clusters and in the same, in words."""
+    found = {"in different clusters": [], "in the same cluster": []}
     for row in rows:
-        e, labels = np.array(row["embeddings"], float), np.array(row["labels"])
-        e /= np.linalg.norm(e, axis=1, keepdims=True).clip(1e-12)
-        i, j = np.triu_indices(len(e), 1)
-        for name, chosen in zip(found, (labels[i] != labels[j], labels[i] == labels[j])):
-            found[name] += (1 - (e[i] * e[j]).sum(1))[chosen].tolist()
-    return ", ".join(f"{np.mean(values):.2f} {name}" for name, values in found.items() if values)
+        e, same = np.array(row["embeddings"], float), np.equal.outer(row["labels"], row["labels"])  # e is normalised
+        for name, chosen in zip(found, (~same, same & ~np.eye(len(e), dtype=bool))):
+            found[name] += (1 - e @ e.T)[chosen].tolist()
+    return ", ".join(f"{np.mean(distances):.2f} {name}" for name, distances in found.items() if distances)
 
 
-def central_reasoning(row, label):
-    """What the answer nearest to its cluster's mean says inside <think>; all it says where there is no such block."""
-    members = [i for i, other in enumerate(row["labels"]) if other == label]
-    e = np.array(row["embeddings"], float)[members]
-    text = row["texts"][members[((e - e.mean(0)) ** 2).sum(1).argmin()]]
+def central_reasoning(row, mine):
+    """What the answer nearest to its cluster's mean says inside <think>, or all it says. mine: mask of the cluster."""
+    e = np.array(row["embeddings"], float)
+    text = row["texts"][np.where(mine, ((e - e[mine].mean(0)) ** 2).sum(1), np.inf).argmin()]
     block = re.search(r"<think>(.*?)(</think>|$)", text, re.DOTALL)
     return block[1] if block else text
 
 
 def draw_clusters(row, axis, key_axis):
-    """A problem's answers in the plane, and one line for each cluster beside it."""
+    """A problem's answers in the plane, and what each cluster says beside it."""
     points, share = plane(row["embeddings"])
-    points, right = side_by_side(points), np.array(row["accuracy"], float) >= 0.5
-    names = sorted(set(row["labels"]))
-    for place, (label, colour) in enumerate(zip(names, PALETTE.values())):
-        mine = np.array(row["labels"]) == label
+    points, right, labels = side_by_side(points), np.array(row["accuracy"]) >= 0.5, np.array(row["labels"])
+    for place, (label, colour, marker) in enumerate(zip(np.unique(labels), PALETTE.values(), MARKERS)):
+        mine, height = labels == label, 1 - (place + 0.5) / len(np.unique(labels))
         for chosen, fill in ((mine & right, colour), (mine & ~right, "white")):
-            axis.scatter(*points[chosen].T, 26, fill, marker=MARKERS[place], edgecolors=colour, linewidths=1.2)
-        height = 1 - (place + 0.5) / len(names)
-        key_axis.scatter(0.01, height, 26, colour, marker=MARKERS[place])
-        text = textwrap.fill(drawable(central_reasoning(row, label), 170), 88)
-        key_axis.text(0.035, height, f"{mine.sum()} answers, {(mine & right).sum()} right\n{text}", va="center", fontsize=7.5)
-    axis.set(xticks=[], yticks=[], xlabel=f"{100 * share:.0f}% of the variance")
-    axis.set_aspect("equal", "datalim")
-    axis.margins(0.12)
+            axis.scatter(*points[chosen].T, 26, fill, marker=marker, edgecolors=colour, linewidths=1.2)
+        key_axis.scatter(0.01, height, 26, colour, marker=marker)
+        text = textwrap.fill(drawable(central_reasoning(row, mine), 170), 88)
+        key_axis.text(0.035, height, f"{mine.sum()} answers, {(mine & right).sum()} right\n{text}", va="center",
+                      fontsize=7.5)
+    half = 0.62 * max(np.ptp(points, 0) / [1.3, 1]) or 1.0
+    middle = (points.min(0) + points.max(0)) / 2
+    axis.set(xticks=[], yticks=[], xlabel=f"{100 * share:.0f}% of the variance", box_aspect=1 / 1.3,
+             xlim=middle[0] + half * np.array([-1.3, 1.3]), ylim=middle[1] + half * np.array([-1, 1]))
     key_axis.set(xlim=(0, 1), ylim=(0, 1))
     key_axis.axis("off")
 
 
 def clusters(output_dir, pictures=None):
-    """The answers to up to four problems by cluster, into output_dir/clusters.png. Returns the path.
+    """The answers to up to four problems by cluster, as output_dir/clusters.png. Returns the path.
 
     pictures: problem id -> PIL image, to stand beside its answers.
     """
-    args, rows = load(output_dir, "args.json", ["script"])[0], load_last(output_dir, "clusters.jsonl", CLUSTERS)[:4]
-    if not rows:
-        raise UserError(f"{output_dir}/clusters.jsonl: no answers to draw; a run of mupo.py writes them in its last step")
-    caption = (f"{about(args)}; step {rows[0]['step']}. Filled: right (accuracy at least 0.5); hollow: wrong. Plane: first two "
-               "principal components of the embedded reasoning; answers in one place stand side by side. "
-               "Beside it: what the most central answer of each cluster says.")
-    pictures = {row["id"]: pictures[row["id"]] for row in rows if row["id"] in (pictures or {})}
+    source, rows = load_last(output_dir, "clusters.jsonl", CLUSTERS)
+    rows, pictures = rows[:4], pictures or {}
+    caption = (f"{source}. Filled: right (accuracy 0.5 or more); hollow: wrong. Plane: first two principal components "
+               "of the embedded reasoning, equal answers side by side. Beside it: each cluster's most central answer.")
     height = max(ROW, 0.5 * max(len(set(row["labels"])) for row in rows))
-    with matplotlib.rc_context(STYLE | {"axes.grid": False, "axes.spines.top": True, "axes.spines.right": True}):
+    with matplotlib.rc_context(STYLE | {"axes.spines.top": True, "axes.spines.right": True, "axes.grid": False}):
         figure = frame(f"Cosine distance of two answers: {cosine_distances(rows)}", caption, height * len(rows) + 0.8)
-        grid = figure.add_gridspec(len(rows), 3, width_ratios=[0.9 if pictures else 0.001, 1.9, 5])
-        for p, row in enumerate(rows):
-            axis, plane_axis, key_axis = (figure.add_subplot(grid[p, column]) for column in range(3))
-            axis.set_title(drawable(row["problem"], 120))
+        figure.get_layout_engine().set(w_pad=0.1)
+        shown = any(row["id"] in pictures for row in rows)
+        axes = figure.subplots(len(rows), 3, squeeze=False, width_ratios=[1.3 if shown else 0.001, 1.9, 5.5],
+                               subplot_kw=dict(anchor="NW"))
+        for row, (axis, plane_axis, key_axis) in zip(rows, axes):
+            axis.annotate(drawable(row["problem"], 120), (0, 1), (0, 6), xycoords="axes fraction", fontsize=8.5,
+                          textcoords="offset points", fontweight="bold", in_layout=False)  # a title would widen the axis
+            plane_axis.set_title(" ")
             axis.axis("off")
             if row["id"] in pictures:
-                image = pictures[row["id"]].convert("RGB")
-                axis.imshow(image, interpolation="nearest" if max(image.size) <= TINY else "antialiased")
-            axis.set_anchor("NW")
+                axis.imshow(pictures[row["id"]].convert("RGB"))
             draw_clusters(row, plane_axis, key_axis)
         return save(figure, Path(output_dir) / "clusters.png")
 
@@ -527,30 +513,32 @@ pre {{ white-space: pre-wrap; overflow-wrap: anywhere; clear: both; background: 
 <h2>Flags</h2><pre>{flags}</pre></body></html>"""
 CARD = """<article>{picture}<p class="quiet">step {step}, problem {id}, reward <b>{reward}</b></p><p>{problem}</p>
 <p class="quiet">right answer: {answer}</p><pre>{text}</pre></article>"""
+TINY = 160  # pixels; a smaller picture is shown enlarged
 MORE = '<h2>{title}</h2><img class="curves" alt="{title}" src="{picture}">{link}'
-# Radio buttons and sibling selectors switch the shade, so that the page needs no script. Signal: name, unit, hue, meaning.
+# Radio buttons and sibling selectors switch the shade: the page needs no script. Signal: name, unit, hue, meaning.
 SHADES = {
     "jsd": ("JSD", " nats", "230 159 0", "how far a noised picture moves the prediction"),
     "entropy": ("Entropy", " nats", "86 180 233", "how much the policy hesitates"),
     "delta_entropy": ("|ΔH|", " nats", "0 158 115", "how much a noised picture changes the entropy"),
     "score": ("Score", "", "204 121 167", "from the three, what the tokens are kept by"),
 }
-TOKENS = HEAD + """input {{ position: fixed; opacity: 0 }} label {{ cursor: pointer; padding: .15rem .8rem; border-radius: 1rem }}
-nav {{ position: sticky; top: 0; background: white; padding: .7rem 0; border-bottom: 1px solid #a0a0a0; margin-top: 1rem }}
-nav p {{ display: none; margin: .5rem .8rem 0 }} nav i {{ display: inline-block; width: 10rem; height: .7rem;
-background: linear-gradient(to right, transparent, rgb(var(--hue) / .7)); border: 1px solid #ececec; margin: 0 .3rem }}
-article {{ display: flex; gap: 1.5rem; border-bottom: 1px solid #ececec; padding: 1.2rem 0 }} section {{ min-width: 0 }}
-.picture {{ flex: 0 0 10.5rem }} .picture img {{ width: 100% }} .tokens {{ white-space: pre-wrap; overflow-wrap: anywhere;
-line-height: 2; margin-top: .5rem }} .tokens span {{ background: rgb(var(--hue) / calc(.7 * var(--shade, 0)));
-border-radius: 3px; padding: .15rem 0 }} .kept {{ text-decoration: underline 2px #1a1a1a; text-underline-offset: 4px }}
+TOKENS = HEAD + """input {{ position: fixed; opacity: 0 }} .picture {{ flex: 0 0 10.5rem }}
+.picture img {{ width: 100% }} nav {{ position: sticky; top: 0; background: white; padding: .7rem 0; border-bottom: 1px solid #a0a0a0 }}
+label {{ cursor: pointer; padding: .15rem .8rem; border-radius: 1rem }} nav p {{ display: none; margin: .5rem .8rem 0 }}
+nav i {{ display: inline-block; width: 10rem; height: .7rem; border: 1px solid #ececec; margin: 0 .3rem;
+background: linear-gradient(to right, transparent, rgb(var(--hue) / .7)) }} section {{ min-width: 0 }}
+article {{ display: flex; gap: 1.5rem; border-bottom: 1px solid #ececec; padding: 1.2rem 0 }}
+.tokens {{ white-space: pre-wrap; overflow-wrap: anywhere; line-height: 2 }} .tokens span {{ padding: .15rem 0;
+background: rgb(var(--hue) / calc(.7 * var(--shade))); border-radius: 3px; margin: 0 .5px }}
+.kept {{ text-decoration: underline 2px #1a1a1a; text-underline-offset: 4px }}
 {rules}</style></head><body><h1>{title}</h1><p class="quiet">{about}</p>
 <p>Shaded: the value chosen below. <span class="kept">Underlined</span>: kept, the tokens that carry the gradient.
 Hover over a token for its numbers.</p>{buttons}<nav>{scales}</nav>{answers}</body></html>"""
 ANSWER = """<article><div class="picture">{picture}</div><section><p class="quiet">problem {id}</p><p>{problem}</p>
 <div class="tokens">{tokens}</div></section></article>"""
 RULE = """#{key}:checked ~ * {{ --hue: {hue} }} #{key}:checked ~ article span {{ --shade: var(--{key}) }}
-#{key}:checked ~ nav p.{key} {{ display: block }} #{key}:checked ~ nav label[for={key}] {{ background: rgb({hue} / .5) }}
-#{key}:focus-visible ~ nav label[for={key}] {{ outline: 2px solid #1a1a1a }}
+#{key}:checked ~ nav .{key} {{ display: block }} #{key}:checked ~ nav [for={key}] {{ background: rgb({hue} / .5) }}
+#{key}:focus-visible ~ nav [for={key}] {{ outline: 2px solid #1a1a1a }}
 """
 
 
@@ -585,10 +573,10 @@ def card(sample, pictures):
 
 
 def answer_html(row, tops):
-    """An answer's tokens as HTML, each with its four values: as numbers, and over their highest as shades."""
+    """An answer's tokens as HTML, each with its four values: as numbers, and over the page's highest as shades."""
     spans = []
     for i, token in enumerate(row["tokens"]):
-        shades = ";".join(f"--{key}:{np.nan_to_num(row[key][i] / tops[key]):.2f}" for key in SHADES)
+        shades = ";".join(f"--{key}:{row[key][i] / tops[key]:.2f}" for key in SHADES)
         numbers = ", ".join(f"{name} {row[key][i]:.4g}{unit}" for key, (name, unit, *_) in SHADES.items())
         kept, end = ' class="kept"' if row["kept"][i] else "", "\n" * token.count("\n")
         spans.append(f'<span{kept} style="{shades}" title="{numbers}">{html.escape(token_text(token))}</span>{end}')
@@ -600,25 +588,23 @@ def tokens(output_dir, pictures=None):
 
     It needs no other file, no network and no script. pictures: problem id -> PIL image; their answers come first.
     """
-    args, rows = load(output_dir, "args.json", ["script"])[0], load_last(output_dir, "signals.jsonl", SIGNALS)
-    if not rows:
-        raise UserError(f"{output_dir}/signals.jsonl: no tokens to show; a run of vepo.py writes them in its last step")
-    pictures, seen = pictures or {}, Counter()
+    (source, rows), pictures, seen = load_last(output_dir, "signals.jsonl", SIGNALS), pictures or {}, Counter()
     for row in rows:
-        row["nth"] = seen[row["id"]] = seen[row["id"]] + 1
+        seen[row["id"]] += 1
+        row["nth"] = seen[row["id"]]
     rows = sorted(rows, key=lambda row: (row["id"] not in pictures, row["nth"]))[:16]  # first an answer to each problem
-    tops = {key: np.nan_to_num(np.concatenate([row[key] for row in rows]).astype(float)).max() or 1 for key in SHADES}
-    buttons, labels, scales, rules, checked = "", "", "", "", " checked"
+    tops = {key: max(value for row in rows for value in row[key]) or 1 for key in SHADES}
+    buttons, labels, scales, rules = "", "", "", ""
     for key, (name, unit, hue, meaning) in SHADES.items():
-        buttons, checked = buttons + f'<input type="radio" name="shade" id="{key}"{checked}>', ""
+        buttons += f'<input type="radio" name="shade" id="{key}"{"" if buttons else " checked"}>'
         labels += f'<label for="{key}">{name}</label>'
         scales += f'<p class="quiet {key}">0 <i></i> {tops[key]:.3g}{unit}: {meaning}</p>'
         rules += RULE.format(key=key, hue=hue)
     answers = "".join(ANSWER.format(
         picture=picture_tag(row["id"], pictures), id=html.escape(str(row["id"])), tokens=answer_html(row, tops),
         problem=html.escape(row["problem"])) for row in rows)
-    text = TOKENS.format(title=f"{len(rows)} answers, token by token", rules=rules, buttons=buttons, answers=answers,
-                         about=html.escape(f"{about(args)}; step {rows[0]['step']}"), scales=labels + scales)
+    text = TOKENS.format(title=f"{len(rows)} answers, token by token", about=html.escape(source), rules=rules,
+                         buttons=buttons, scales=labels + scales, answers=answers)
     return write(Path(output_dir) / "tokens.html", text.encode("utf-8", errors="replace"))
 
 
@@ -648,14 +634,15 @@ def finish(output_dir, pictures=None):
 
     pictures: problem id -> PIL image, for the problems whose picture is to stand beside their answers.
     """
-    more = ""
-    if load_last(output_dir, "signals.jsonl", SIGNALS):
+    more, names = "", ("signals.jsonl", "clusters.jsonl")
+    vepo, mupo = ((Path(output_dir) / name).is_file() and (Path(output_dir) / name).stat().st_size for name in names)
+    if vepo:
         link = f'<p><a href="{tokens(output_dir, pictures).name}">Answers token by token</a></p>'
         picture = data_uri(signals(output_dir).read_bytes())
         more += MORE.format(title="Which tokens look, and which hesitate", picture=picture, link=link)
-    if load_last(output_dir, "clusters.jsonl", CLUSTERS):
+    if mupo:
         picture = data_uri(clusters(output_dir, pictures).read_bytes())
-        more += MORE.format(title="How it reasoned, by cluster", picture=picture, link="")
+        more += MORE.format(title="Ways of reasoning, by cluster", picture=picture, link="")
     return page(output_dir, pictures, more)
 
 

@@ -379,7 +379,7 @@ RECIPES = {
                         steps=1500, problems_per_step=24, muon=5e-3, adam=1.5e-3, warmup=20, decay=0.5),
 }
 NAMES = tuple(RECIPES)
-THREADS = 2  # sums in another order give other last digits: a build uses the same number of threads everywhere
+THREADS = 1  # more would wait for each other (tiny matrices), and sum in another order. LEAD: keep 1; two spinning threads made your 280-step build take 8 min on the shared cores
 
 
 def build(name, seed=1, steps=None):

@@ -12,14 +12,15 @@ from drive import go
 
 SMALL = [
     "--dataset", "toy@train:64", "--eval_dataset", "toy@test:6", "--num_generations_eval", 2, "--prompts_per_step", 8,
-    "--num_generations", 3, "--max_completion_length", 24, "--micro_batch_size", 6, "--max_steps", 2, "--train_vision",
+    "--max_completion_length", 24, "--micro_batch_size", 6, "--max_steps", 2, "--train_vision",
     "--no-gradient_checkpointing", "--learning_rate", 1e-3, "--warmup_steps", 0, "--max_prompt_length", 512,
 ]
 
 
 def drive(folder, place, *flags, script="grpo", processes=1):
     """One run, in this process or under torchrun; returns its folder."""
-    flags = [script, "--model", folder, "--output_dir", place, *SMALL, *flags]
+    group = ["--num_generations", 3] if script != "sft" else []
+    flags = [script, "--model", folder, "--output_dir", place, *SMALL, *group, *flags]
     if processes == 1:
         go(*flags)
     else:
@@ -80,7 +81,7 @@ def whole(folder, tmp_path_factory):
 @pytest.mark.parametrize("moment", ["1", "3", "checkpoint"])
 def test_killed_and_resumed_to_the_same_numbers(folder, tmp_path, whole, moment):
     """SIGKILL before the first checkpoint, after one, or while one is written; then --resume: bitwise the same."""
-    flags = "--model", folder, *SMALL, *FOUR_STEPS, "--output_dir", tmp_path / "killed"
+    flags = "--model", folder, *SMALL, "--num_generations", 3, *FOUR_STEPS, "--output_dir", tmp_path / "killed"
     assert run_script("tests/drive.py", "grpo", *flags, KILL_AT=moment).returncode == -9
     go("grpo", *flags, "--resume")
     assert metrics(tmp_path / "killed") == metrics(whole)
