@@ -1,30 +1,28 @@
 """Speed and memory, side by side with the plain way and with TRL.
 
-    python lab/bench.py                                    all parts on the tabletop, minutes, into results/bench.json
-    python lab/bench.py --parts sampler update             some of them
-    python lab/bench.py --shape 7B --device cuda           a real size with random weights: tokens per second, memory
+    python lab/bench.py                             every part on the tabletop, minutes; into results/bench.json
+    python lab/bench.py --parts sampler update      some of them
+    python lab/bench.py --shape 7B --device cuda    a real size with random weights: tokens per second, memory
 
-Parts, each in one process and one thread:
+Parts, all in one process and one thread:
 
-    sampler   common.sample                      against transformers' generate(num_return_sequences=G)
-    update    packed rows, chunked head          against policy.forward, one padded row with a picture per answer;
-              the loss and the gradient must be the same; also as a curve over T/S, answer over prompt length
-    trl       a whole step of grpo.py            against TRL's GRPOTrainer (skipped where trl cannot be imported);
-              and both losses and gradients of one and the same set of answers
-    vepo      a whole step of vepo.py            against one of grpo.py, with one and with four updates to a rollout
-    memory    VEPO's two readings of 8 answers of 512 tokens at a vocabulary of 151,936, above the model's own memory
+    sampler   common.sample                    against transformers' generate(num_return_sequences=G)
+    update    packed rows, chunked head        against policy.forward, where every answer is a padded row with its own
+              picture: same loss, same gradient; then as a curve over T/S, answer length over prompt length
+    trl       a step of grpo.py                against one of TRL's GRPOTrainer (skipped where trl cannot be imported);
+              and loss and gradient of both for the same answers
+    vepo      a step of vepo.py                against one of grpo.py, with one and with four updates to a rollout
+    memory    what VEPO's two readings of 8 answers of 512 tokens need above the model, at Qwen's vocabulary
 
-What is compared is CPU time (time.process_time), both sides in turn in one run; the number is the median over pairs of
-one side divided by the other. Seconds stand beside it for orientation only: they are another machine's tomorrow.
+What is compared is CPU time (time.process_time): both sides in turn in one run, and of the pairs' ratios the median.
 
---shape runs grpo.py itself, with a true Qwen2.5-VL configuration, random weights, and pictures of noise; it needs no
-checkpoint and no network. It measures wall-clock time. Its GPU mode HAS NOT BEEN RUN: it was written without a GPU;
-`--shape tiny --device cpu`, which goes the same way, is what the tests run. The memory parts read Linux's /proc.
+--shape runs two steps of grpo.py itself with a true Qwen2.5-VL configuration, random weights and pictures of noise; it
+needs no checkpoint and no network, and tells wall-clock time. THE GPU MODE HAS NEVER BEEN RUN: this was written where
+there is no GPU; the tests run `--shape tiny --device cpu`, which takes the same way through grpo.py but for sharding.
+Memory on the CPU is read from Linux's /proc.
 """
 
 import argparse
-import contextlib
-import importlib
 import importlib.util
 import json
 import os
@@ -36,48 +34,43 @@ from pathlib import Path
 from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that `python lab/bench.py` finds common
+os.environ.setdefault("TQDM_DISABLE", "1")  # read when tqdm is imported: its bars would tear the table
 
-import accelerate
-import numpy as np
 import torch
 import transformers
+from datasets import Dataset
 from PIL import Image
-from transformers import AutoConfig, AutoModelForImageTextToText, GenerationConfig, Qwen2_5_VLConfig
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer, GenerationConfig, Qwen2_5_VLConfig
 
 import common
 import grpo
 import vepo
-from common import Policy, Reading, Rollout, UserError, encode, generator, micro_batches, read, sample, token_logps
+from common import Rollout, encode, generator, micro_batches, read, sample, token_logps
 
 MICRO = 64  # answers in a forward pass, on both sides
 SHARES = (0.25, 0.5, 1, 2, 4)  # T/S of the curve
+VOCABULARY, LENGTH = 151_936, 512  # of the memory part
+NOWHERE = "runs/bench"  # what is measured writes nothing
 
 # --- clocks -----------------------------------------------------------------------------------------------------------
 
 
 def cpu_seconds(fn):
-    """CPU seconds of this process in fn()."""
+    """CPU seconds of this process in fn(), by token if it returns a number of tokens."""
     began = time.process_time()
-    fn()
-    return time.process_time() - began
+    tokens = fn()
+    return (time.process_time() - began) / (tokens if isinstance(tokens, (int, float)) else 1)
 
 
-def in_turn(one, other, pairs):
-    """Two functions that return seconds, called in turn: medians of both, and the median over pairs of other/one."""
-    one(), other()  # caches, thread pools, lazy imports
-    taken = [(one(), other()) if pair % 2 else (other(), one())[::-1] for pair in range(pairs)]
-    return *map(statistics.median, zip(*taken)), statistics.median(b / a for a, b in taken)
+def in_turn(one, other, pairs, cost=cpu_seconds):
+    """Two functions called in turn: the medians of what each costs, and the median over pairs of other/one."""
+    one(), other()  # caches, lazy imports, memory of the allocator
+    taken = [(cost(one), cost(other)) if pair % 2 else (cost(other), cost(one))[::-1] for pair in range(pairs)]
+    return dict(seconds=[*map(statistics.median, zip(*taken))], ratio=statistics.median(b / a for a, b in taken))
 
 
-def peak_gb(fn):
-    """How far the resident memory of this process rises above what it is now while fn() runs, in GB of 10⁹ bytes."""
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
-    before = memory("VmRSS")
-    fn()
-    return memory("VmHWM") - before
-
-
-def memory(line):
+def memory_gb(line):
+    """VmRSS, the resident memory of this process, or VmHWM, its highest so far; in GB of 10⁹ bytes."""
     status = dict(row.split(":", 1) for row in Path("/proc/self/status").read_text().splitlines())
     return int(status[line].split()[0]) * 1024 / 1e9
 
@@ -86,47 +79,47 @@ def memory(line):
 
 
 def generate(policy, processor, problems, G, T):
-    """What a script would write that has no sampler of its own. Returns the number of tokens up to the end tokens."""
+    """What one writes who has no sampler of its own. Returns how many tokens it made, up to the end tokens."""
     inputs = processor(
         text=[common.chat(processor, problem) for problem in problems], images=[p["images"] for p in problems],
         return_tensors="pt", padding=True, padding_side="left", return_mm_token_type_ids=True)
-    rows = policy.config.get_text_config().vocab_size
-    answers = policy.generate(**inputs, generation_config=GenerationConfig(
+    padding_rows = range(policy.vocabulary, policy.config.get_text_config().vocab_size)
+    answers_BT = policy.generate(**inputs, generation_config=GenerationConfig(
         num_return_sequences=G, max_new_tokens=T, do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
         repetition_penalty=1.0, eos_token_id=policy.ends, pad_token_id=processor.tokenizer.pad_token_id,
-        suppress_tokens=policy.banned + list(range(policy.vocabulary, rows))))[:, inputs["input_ids"].shape[1]:]
-    processor.tokenizer.batch_decode(answers, skip_special_tokens=True)
-    ended = torch.isin(answers, torch.tensor(policy.ends)).cumsum(1)
-    return int((ended.roll(1, 1).index_fill(1, torch.tensor([0]), 0) == 0).sum())
+        suppress_tokens=[*policy.banned, *padding_rows]))[:, inputs["input_ids"].shape[1]:]
+    processor.tokenizer.batch_decode(answers_BT, skip_special_tokens=True)
+    ended_BT = torch.isin(answers_BT, torch.tensor(policy.ends)).cumsum(1) > 0
+    return len(answers_BT) + int((~ended_BT[:, :-1]).sum())
 
 
 def plain_logps(policy, rollout):
     """(B, T) log-probs by policy.forward: every answer behind its own copy of the prompt and its picture, padded."""
     prompts, groups, (B, T) = rollout.prompts, rollout.group_B.tolist(), rollout.tokens_BT.shape
     S = max(len(prompts.ids[p]) for p in groups)
-    ids, mask, types = (torch.zeros(B, S + T, dtype=torch.long) for _ in range(3))
-    for row, p in enumerate(groups):
-        n = len(prompts.ids[p])
-        ids[row, S - n:S], mask[row, S - n:S], types[row, S - n:S] = prompts.ids[p], 1, prompts.types[p]
-    ids[:, S:], mask[:, S:] = rollout.tokens_BT, rollout.mask_BT.long()
-    logits_BTV = policy(
-        input_ids=ids, attention_mask=mask, mm_token_type_ids=types, logits_to_keep=T + 1,
-        pixel_values=torch.cat([prompts.pixels[p] for p in groups]),
-        image_grid_thw=torch.cat([prompts.grids[p] for p in groups])).logits[:, :-1, :policy.vocabulary].float()
+    ids, mask, types = torch.zeros(3, B, S + T, dtype=torch.long)
+    for b, p in enumerate(groups):
+        span = slice(S - len(prompts.ids[p]), S)
+        ids[b, span], mask[b, span], types[b, span] = prompts.ids[p], 1, prompts.types[p]
+    ids[:, S:], mask[:, S:] = rollout.tokens_BT, rollout.mask_BT
+    pixels, grids = (torch.cat([x[p] for p in groups]) for x in (prompts.pixels, prompts.grids))
+    logits_BTV = policy(input_ids=ids, attention_mask=mask, mm_token_type_ids=types, pixel_values=pixels,
+                        image_grid_thw=grids, logits_to_keep=T + 1).logits[:, :-1, :policy.vocabulary]
     logits_BTV = (logits_BTV / rollout.temperature).index_fill(2, torch.tensor(policy.banned), -1e9)
     return logits_BTV.log_softmax(2).gather(2, rollout.tokens_BT[..., None])[..., 0] * rollout.mask_BT
 
 
-def backward(policy, rollout, advantage_B, batches, logps, old_logp_BT=None):
-    """GRPO's loss with logps(policy, rollout) -> (B, T), pass by pass: the loss, and the gradient as one vector."""
+def backward(policy, rollout, advantage_B, plain=False, old_logp_BT=None):
+    """Loss and gradient of one of GRPO's updates, by our packed rows or the plain way."""
     policy.zero_grad()
-    loss, weights = 0.0, rollout.mask_BT.sum()
-    for index_b in batches:
-        logp_bT = logps(policy, rollout[index_b])
+    every, loss = torch.arange(len(rollout)), 0.0
+    for index_b in every.split(MICRO) if plain else micro_batches(rollout, every, every, MICRO):
+        part = rollout[index_b]
+        logp_bT = plain_logps(policy, part) if plain else read(token_logps, part, policy)
         old_logp_bT = logp_bT.detach() if old_logp_BT is None else old_logp_BT[index_b]
-        part = grpo.policy_loss(logp_bT, old_logp_bT, advantage_B[index_b, None], 0.2, 0.2) * rollout.mask_BT[index_b]
-        (part.sum() / weights).backward()
-        loss += float(part.sum() / weights)
+        loss_bT = grpo.policy_loss(logp_bT, old_logp_bT, advantage_B[index_b, None], 0.2, 0.2) * part.mask_BT
+        (loss_bT.sum() / rollout.mask_BT.sum()).backward()
+        loss += (loss_bT.detach().sum() / rollout.mask_BT.sum()).item()
     return loss, gradient(policy)
 
 
@@ -134,66 +127,45 @@ def gradient(model):
     return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
 
-def packed_logps(policy, rollout):
-    return read(token_logps, rollout, policy)
+def gaps(ours, theirs):
+    """How far two (loss, gradient) are from each other: losses absolutely, gradients relatively."""
+    return dict(loss_gap=abs(ours[0] - theirs[0]), gradient_gap=float((ours[1] - theirs[1]).norm() / theirs[1].norm()))
 
 
 def invent(processor, problems, G, T):
-    """A rollout of random bytes, every answer T tokens long. (The ids below 256 are bytes; no special token is.)"""
-    B = len(problems) * G
-    tokens_BT = torch.randint(256, (B, T), generator=generator("bench", B, T))
-    zeros_BT = torch.zeros(B, T)
-    return Rollout(encode(processor, problems), 1.0, torch.arange(B) // G, tokens_BT, zeros_BT + 1, zeros_BT, zeros_BT,
-                   torch.ones(B), [""] * B)
+    """A Rollout of random bytes, every answer T tokens long. (Ids below 256 are bytes; no special token is.)"""
+    group_B, zeros_BT = torch.arange(len(problems) * G) // G, torch.zeros(len(problems) * G, T)
+    tokens_BT = torch.randint(256, zeros_BT.shape, generator=generator("bench", T))
+    return Rollout(encode(processor, problems), 1.0, group_B, tokens_BT, zeros_BT + 1, zeros_BT, zeros_BT,
+                   torch.ones(len(group_B)), [""] * len(group_B))
 
 
-# --- the parts --------------------------------------------------------------------------------------------------------
+def draw(args, policy, processor, problems):
+    return sample(policy, processor, problems, args.num_generations, seed=(1, "bench"),
+                  max_completion_length=args.max_completion_length, sample_batch_size=10**6)
 
 
-def row(part, case, sides, times, wanted, **checks):
-    """One line of the table. `times` as in_turn gives them; `wanted` is a bound on the ratio, like ">= 1.8"."""
-    ratio, (sign, bound) = times[2], wanted.split()
-    good = ratio >= float(bound) if sign == ">=" else ratio <= float(bound)
-    return dict(part=part, case=case, sides=sides, seconds=times[:2], ratio=ratio, wanted=wanted, met=good, **checks)
+# --- the parts: each yields lines of the table ------------------------------------------------------------------------
 
 
 def bench_sampler(args, policy, processor, problems):
-    """As often as not every answer is decoded to the limit; then again as the model ends them, per generated token."""
-    G, T, tokens = args.num_generations, args.max_completion_length, {}
-
-    def ours():
-        rollout = sample(policy, processor, problems, G, seed=(1, "bench"), max_completion_length=T)
-        tokens["ours"] = int(rollout.mask_BT.sum())
-
-    def theirs():
-        tokens["theirs"] = generate(policy, processor, problems, G, T)
-
-    banned = policy.banned
-    for case, more in (("forced lengths", policy.ends), ("natural ends, per token", [])):
-        policy.banned = banned + more
-        times = in_turn(lambda: cpu_seconds(ours) / tokens["ours"], lambda: cpu_seconds(theirs) / tokens["theirs"],
-                        args.pairs)
-        policy.banned = banned
-        yield row("sampler", case, "generate / ours", times, ">= 1.8", tokens=dict(tokens))
+    """First no answer may end, and both sides make as many tokens; then they end where they do, and pay by token."""
+    cast, sizes = (policy, processor, problems), (args.num_generations, args.max_completion_length)
+    for case, banned in (("all to the limit", policy.banned + policy.ends), ("natural ends", policy.banned)):
+        with mock.patch.object(policy, "banned", banned):
+            times = in_turn(lambda: draw(args, *cast).mask_BT.sum().item(), lambda: generate(*cast, *sizes), args.pairs)
+        yield dict(case=case, sides="generate / ours", wanted=">= 1.8", **times)
 
 
 def bench_update(args, policy, processor, problems):
-    G, T = args.num_generations, args.max_completion_length
-    few, S = problems[:4], statistics.mean(len(ids) for ids in encode(processor, problems[:4]).ids)
-    rollout = sample(policy, processor, problems, G, seed=(1, "bench"), max_completion_length=T)
-    cases = [("sampled answers", rollout)]
-    cases += [(f"T/S = {share}", invent(processor, few, G, round(share * S))) for share in args.shares]
-    for case, rollout in cases:
-        advantage_B = torch.randn(len(rollout), generator=generator("advantage"))
-        every = torch.arange(len(rollout))
-        packed = policy, rollout, advantage_B, micro_batches(rollout, every, every, MICRO), packed_logps
-        plain = policy, rollout, advantage_B, every.split(MICRO), plain_logps
-        times = in_turn(lambda: cpu_seconds(lambda: backward(*packed)), lambda: cpu_seconds(lambda: backward(*plain)),
-                        args.pairs)
-        (loss, ours), (plain_loss, theirs) = backward(*packed), backward(*plain)
-        yield row("update", case, "plain / packed", times, ">= 1.8" if case == "sampled answers" else ">= 1",
-                  loss_gap=abs(loss - plain_loss), gradient_gap=float((ours - theirs).norm() / theirs.norm()),
-                  answer_over_prompt=float(rollout.mask_BT.sum() / len(rollout)) / S)
+    S = statistics.mean(map(len, encode(processor, problems).ids))
+    rollouts = {"sampled answers": draw(args, policy, processor, problems)}
+    rollouts |= {f"T/S = {x}": invent(processor, problems[:8], args.num_generations, round(x * S)) for x in SHARES}
+    for case, rollout in rollouts.items():
+        cast = policy, rollout, torch.randn(len(rollout), generator=generator("advantage"))
+        times = in_turn(lambda: backward(*cast), lambda: backward(*cast, plain=True), args.pairs)
+        yield dict(case=case, sides="plain / packed", wanted=">= 1.8" if case == "sampled answers" else ">= 1",
+                   **times, **gaps(backward(*cast), backward(*cast, plain=True)))
 
 
 def even_length(problem, text):
@@ -201,238 +173,173 @@ def even_length(problem, text):
     return float(len(text) % 2 == 0)
 
 
-@contextlib.contextmanager
-def timed(script, **patches):
-    """Lets script.main run without files, evaluation and report. Yields a list that gets one dict per step."""
-    steps = []
+def two_steps(script, args, wishes, **patches):
+    """Two steps of a script's main, without files, evaluation and report. Returns what the second took ({} but on the
+    first process)."""
+    taken = {}
 
     class Timed(common.Run):
-        def __init__(self, args):
-            super().__init__(args)
-            torch.set_num_threads(1 if self.device.type == "cpu" else torch.get_num_threads())
-
-        def steps(self):
-            for step in super().steps():
-                self.began = time.process_time()
-                yield step
-
-        def lap(self, name):
-            if self.device.type == "cuda":
-                torch.cuda.synchronize()
-            super().lap(name)
+        began, say, open_folder, finish = 0.0, *[lambda self, *_: None] * 3
 
         def log(self, step, rollout, *_, **metrics):
-            steps.append(dict(cpu=time.process_time() - self.began, tokens=float(self.sum(rollout.mask_BT.sum())),
-                              main=self.is_main, **self.laps))
+            tokens, cpu = float(self.sum(rollout.mask_BT.sum())), time.process_time() - self.began
+            taken.update(dict(self.laps, cpu=cpu, tokens=tokens) if self.is_main else {})
+            torch.set_num_threads(1)  # Run took all cores
+            self.began = time.process_time()
 
-        def open_folder(self):
-            pass
-
-        def finish(self):
-            pass
-
+    flags = common.parse_args(script.__name__, "", script.flags, script.RECIPE, {}, ["--model", args.model])
+    vars(flags).update(
+        max_steps=2, eval_dataset="none", prompts_per_step=args.problems, num_generations=args.num_generations,
+        max_completion_length=args.max_completion_length, output_dir=NOWHERE, **wishes)
     with mock.patch.multiple(script, Run=Timed, grade=even_length, **patches):
-        yield steps
+        script.main(flags)
+    return taken
 
 
-def step_seconds(args, name, updates=1):
-    """CPU seconds of one step of a script: sample, score, credit, update. The second step of two."""
-    script, P = importlib.import_module(name), len(range(args.problems))
-    flags = [
-        "--model", args.model, "--dataset", f"toy@train:{P}", "--eval_dataset", "none", "--max_steps", 2,
-        "--prompts_per_step", P, "--num_generations", args.num_generations, "--updates_per_step", updates,
-        "--max_completion_length", args.max_completion_length, "--micro_batch_size", MICRO, "--learning_rate", 1e-6,
-        "--sample_batch_size", P * args.num_generations, "--train_vision", "--no-gradient_checkpointing",
-        "--output_dir", os.path.join(tempfile.gettempdir(), "bench")]
-    with timed(script) as steps:
-        script.main(common.parse_args(name, "", script.flags, script.RECIPE, script.TOY, list(map(str, flags))))
-    return steps[-1]["cpu"]
+def step_seconds(args, script, updates=1):
+    """CPU seconds of a step of a script: sample, score, credit, update."""
+    return two_steps(script, args, dict(
+        dataset=f"toy@train:{args.problems}", updates_per_step=updates, micro_batch_size=MICRO,
+        sample_batch_size=10**6, train_vision=True, gradient_checkpointing=False))["cpu"]
 
 
 def bench_vepo(args, policy, processor, problems):
     for updates, wanted in ((1, "<= 1.6"), (4, "<= 1.3")):
-        times = in_turn(lambda: step_seconds(args, "grpo", updates), lambda: step_seconds(args, "vepo", updates),
-                        args.pairs)
-        yield row("vepo", f"updates to a rollout: {updates}", "vepo / grpo", times, wanted)
+        seconds = [lambda script=script: step_seconds(args, script, updates) for script in (grpo, vepo)]
+        yield dict(case=f"updates to a rollout: {updates}", sides="vepo / grpo", wanted=wanted,
+                   **in_turn(*seconds, args.pairs, cost=lambda fn: fn()))
 
 
 def bench_memory(args, policy, processor, problems):
-    """The tabletop's body with the real vocabulary: what is measured is the logits and what is made of them."""
-    config = AutoConfig.from_pretrained(policy.name_or_path)
-    config.get_text_config().vocab_size = args.vocabulary
-    large = random_policy(config)
-    large.banned, large.vocabulary = policy.banned, args.vocabulary
-    rollout = invent(processor, problems[:1], 8, args.memory_length)
+    """The tabletop's body with Qwen's vocabulary: what is measured is the logits and what is made of them."""
+    config = AutoConfig.from_pretrained(args.model)
+    config.get_text_config().vocab_size = VOCABULARY
+    large = random_policy(config, args.model).prepare(processor.tokenizer)
+    large.vocabulary = VOCABULARY
+    rollout = invent(processor, problems[:1], 8, LENGTH)
     other = vepo.counterfactual(rollout.prompts, "noise", 2.0, (1, "bench"))
+    before = memory_gb("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
     with torch.no_grad():
-        peak = peak_gb(lambda: read(vepo.look, rollout, large, Reading(large, other)))
-    yield dict(part="memory", case=f"vocabulary {args.vocabulary:,}", sides="peak GB", seconds=(), ratio=peak,
-               wanted="<= 1.5", met=peak <= 1.5)
+        read(vepo.look, rollout, large, common.Reading(large, other))
+    yield dict(case=f"V = {VOCABULARY:,}, T = {LENGTH}", sides="GB", wanted="<= 1.5",
+               ratio=memory_gb("VmHWM") - before)
 
 
 # --- TRL --------------------------------------------------------------------------------------------------------------
 
 
-def trl_trainer(args, processor, problems, folder, steps=1):
-    """TRL's GRPOTrainer with our settings: every problem in every step, MICRO answers to a forward pass, no KL."""
-    import datasets
+def trl_trainer(args, problems):
+    """TRL's GRPOTrainer: the same problems in every step, MICRO answers to a pass. Its defaults are those of grpo.py
+    here: one update, no KL, temperature 1, mean over tokens (dapo), advantages over the group's std."""
     import trl
-    answers = len(problems) * args.num_generations
+    policy, processor = common.load_policy(args.model)
+    processor.tokenizer.padding_side = "left"  # as TRL loads it when it is given none
+    answers = args.problems * args.num_generations
     config = trl.GRPOConfig(
-        output_dir=folder, num_generations=args.num_generations, per_device_train_batch_size=min(MICRO, answers),
-        gradient_accumulation_steps=max(1, answers // MICRO), max_completion_length=args.max_completion_length,
-        max_steps=steps, learning_rate=1e-6, weight_decay=1e-2, lr_scheduler_type="constant", loss_type="dapo",
-        scale_rewards="group", beta=0.0, num_iterations=1, temperature=1.0, use_cpu=True, bf16=False, report_to="none",
-        gradient_checkpointing=False, shuffle_dataset=False, save_strategy="no", logging_strategy="no",
-        disable_tqdm=True)
-    table = datasets.Dataset.from_list([dict(
-        prompt=[dict(role="user", content=problem["problem"] + "\n" + common.INSTRUCTION)], images=problem["images"],
-    ) for problem in problems])
-    model = AutoModelForImageTextToText.from_pretrained(args.model_folder, dtype=torch.float32)
-
-    def reward(completions, **_):
-        return [even_length(None, completion[0]["content"]) for completion in completions]
-
-    return trl.GRPOTrainer(model, reward, config, table, processing_class=processor)
+        NOWHERE, num_generations=args.num_generations, max_completion_length=args.max_completion_length, max_steps=2,
+        per_device_train_batch_size=min(MICRO, answers), gradient_accumulation_steps=max(1, answers // MICRO),
+        shuffle_dataset=False, gradient_checkpointing=False, bf16=False, use_cpu=True, report_to="none",
+        save_strategy="no", logging_strategy="no", disable_tqdm=True)
+    rows = [dict(prompt=[dict(role="user", content=f"{problem['problem']}\n{common.INSTRUCTION}")],
+                 images=problem["images"]) for problem in problems]
+    trainer = trl.GRPOTrainer(
+        policy.requires_grad_(True),
+        lambda completions, **_: [even_length(None, answer[0]["content"]) for answer in completions],
+        config, Dataset.from_list(rows), processing_class=processor)
+    trainer.remove_callback(transformers.PrinterCallback)
+    return trainer
 
 
-def trl_seconds(args, processor, problems):
-    """CPU seconds of the second of two steps, from its first forward pass to its last weight."""
+def trl_seconds(args, problems):
+    """CPU seconds of the second of two steps, from its first token to its new weights."""
     clock = []
-
-    class Clock(transformers.TrainerCallback):
-        def on_step_begin(self, *_, **__):
-            clock.append(-time.process_time())
-
-        def on_step_end(self, *_, **__):
-            clock[-1] += time.process_time()
-
-    with tempfile.TemporaryDirectory() as folder:
-        trainer = trl_trainer(args, processor, problems, folder, steps=2)
-        trainer.add_callback(Clock())
-        trainer.train()
-    torch.set_num_threads(1)
-    return clock[-1]
+    tick = {name: lambda *_, **__: clock.append(time.process_time()) for name in ("on_step_begin", "on_step_end")}
+    trainer = trl_trainer(args, problems)
+    trainer.add_callback(type("Clock", (transformers.TrainerCallback,), tick))
+    trainer.train()
+    return clock[3] - clock[2]
 
 
 def bench_trl(args, policy, processor, problems):
     if importlib.util.find_spec("trl") is None:
-        print("trl: skipped, trl cannot be imported here; `pip install trl==1.16.0` beside requirements.txt runs it")
-        return
-    times = in_turn(lambda: step_seconds(args, "grpo"), lambda: trl_seconds(args, processor, problems), args.pairs)
-    yield row("trl", "one step", "TRL / grpo", times, ">= 2.5", **same_answers(args, policy, processor, problems))
+        return print("trl       skipped: trl cannot be imported; pip install trl==1.16.0 beside requirements.txt")
+    seconds = lambda: step_seconds(args, grpo), lambda: trl_seconds(args, problems)
+    yield dict(case="one step", sides="TRL / grpo", wanted=">= 2.5", **trl_gaps(args, policy, processor, problems),
+               **in_turn(*seconds, args.pairs, cost=lambda fn: fn()))
 
 
-def same_answers(args, policy, processor, problems):
-    """Both losses and gradients of our answers, with π_old a little off, so that the ratio and the clip have a say."""
-    G = args.num_generations
-    rollout = sample(policy, processor, problems, G, seed=(1, "bench"),
-                     max_completion_length=args.max_completion_length)
-    rewards_PG = rollout.score(even_length)
-    every = torch.arange(len(rollout))
-    rows, banned = policy.vocabulary, policy.banned  # TRL forbids nothing when it reads, and reads the padding rows too
-    policy.vocabulary, policy.banned = policy.config.get_text_config().vocab_size, np.zeros(0, dtype=np.int64)
-    with torch.no_grad():
-        old_logp_BT = packed_logps(policy, rollout)
-    old_logp_BT = old_logp_BT + 0.2 * torch.randn(old_logp_BT.shape, generator=generator("old")) * rollout.mask_BT
-    advantage_B = grpo.group_advantages(rewards_PG).flatten()
-    loss, ours = backward(policy, rollout, advantage_B, micro_batches(rollout, every, every, MICRO), packed_logps,
-                          old_logp_BT)
-    policy.vocabulary, policy.banned = rows, banned
+def trl_gaps(args, policy, processor, problems):
+    """Loss and gradient of our answers by TRL and by us, with π_old a little off: ratio and clip have their say."""
+    rollout = draw(args, policy, processor, problems)
+    # TRL forbids no token when it reads, and its softmax runs over the embedding's rows of padding too.
+    rows, none = policy.config.get_text_config().vocab_size, torch.zeros(0, dtype=torch.long).numpy()
+    with mock.patch.multiple(policy, vocabulary=rows, banned=none):
+        with torch.no_grad():
+            logp_BT = read(token_logps, rollout, policy)
+        old_logp_BT = logp_BT + 0.2 * torch.randn(logp_BT.shape, generator=generator("old"))
+        advantage_B = grpo.group_advantages(rollout.score(even_length)).flatten()
+        ours = backward(policy, rollout, advantage_B, old_logp_BT=old_logp_BT)
+    trainer = trl_trainer(args, problems)
     answers = [tokens[mask.bool()].tolist() for tokens, mask in zip(rollout.tokens_BT, rollout.mask_BT)]
-    with tempfile.TemporaryDirectory() as folder:
-        trainer = trl_trainer(args, processor, problems, folder)
-        trainer._generate_single_turn = lambda *_, **__: (answers, None)
-        trainer.current_gradient_accumulation_steps = trainer.args.steps_per_generation
-        batch = [trainer.train_dataset[p] for p in rollout.group_B.tolist()]
-        trainer.model.train()
-        inputs = trainer._generate_and_score_completions(batch) | dict(old_per_token_logps=old_logp_BT)
-        trl_loss = trainer._compute_loss(trainer.model, inputs)
-        trl_loss.backward()
-    theirs = gradient(trainer.model)
-    return dict(loss=loss, trl_loss=float(trl_loss.detach()), loss_gap=abs(loss - float(trl_loss.detach())),
-                gradient_gap=float((ours - theirs).norm() / theirs.norm()))
+    trainer._generate_single_turn = lambda *_, **__: (answers, None)
+    trainer.current_gradient_accumulation_steps = trainer.args.steps_per_generation
+    inputs = trainer._generate_and_score_completions([trainer.train_dataset[p] for p in rollout.group_B.tolist()])
+    loss = trainer._compute_loss(trainer.model, inputs | dict(old_per_token_logps=old_logp_BT))
+    loss.backward()
+    return gaps(ours, (loss.item(), gradient(trainer.model)))
 
 
 # --- real sizes -------------------------------------------------------------------------------------------------------
 
-SHAPES = {  # hidden size, layers, heads, key-value heads, feed-forward size, rows of the embedding, embedding = head
-    "tiny": (256, 2, 2, 1, 512, 2048, True),
-    "3B": (2048, 36, 16, 2, 11008, 151_936, True),
-    "7B": (3584, 28, 28, 4, 18944, 152_064, False),
-}
+# Hidden size, layers, heads, key-value heads, feed-forward size, rows of the embedding; "tiny" is the tabletop's.
+SHAPES = {"tiny": (), "3B": (2048, 36, 16, 2, 11_008, 151_936), "7B": (3584, 28, 28, 4, 18_944, 152_064)}
 
 
 def shape_config(shape, tokenizer):
-    """The configuration of Qwen2.5-VL-3B or -7B, but with the tabletop's special tokens (or a tiny one like them)."""
-    hidden, layers, heads, kv_heads, feed_forward, rows, tied = SHAPES[shape]
-    vision = dict(depth=2, hidden_size=64, intermediate_size=128, num_heads=4, fullatt_block_indexes=[1])
-    if shape != "tiny":
-        vision = dict(depth=32, hidden_size=1280, intermediate_size=3420, num_heads=16,
-                      fullatt_block_indexes=[7, 15, 23, 31])
-    names = ["<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>"]
-    image, video, start, end = tokenizer.convert_tokens_to_ids(names)
+    """Qwen2.5-VL-3B's or -7B's configuration; the ids of the special tokens are the tokenizer's."""
+    hidden, layers, heads, kv_heads, inner, rows = SHAPES[shape]
+    text = dict(
+        hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=kv_heads,
+        intermediate_size=inner, vocab_size=rows, max_position_embeddings=128_000, rms_norm_eps=1e-6,
+        rope_parameters=dict(rope_type="default", rope_theta=1e6, mrope_section=[16, 24, 24]))
+    vision = dict(
+        depth=32, hidden_size=1280, intermediate_size=3420, num_heads=16, out_hidden_size=hidden, window_size=112,
+        fullatt_block_indexes=[7, 15, 23, 31], patch_size=14)
+    marks = ("image_pad", "video_pad", "vision_start", "vision_end")
+    image, video, start, end = tokenizer.convert_tokens_to_ids([f"<|{mark}|>" for mark in marks])
     return Qwen2_5_VLConfig(
-        text_config=dict(
-            hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=kv_heads,
-            intermediate_size=feed_forward, vocab_size=rows, max_position_embeddings=128_000, rms_norm_eps=1e-6,
-            rope_parameters=dict(rope_type="default", rope_theta=1e6, mrope_section=[16, 24, 24])),
-        vision_config=dict(out_hidden_size=hidden, window_size=112, patch_size=14, spatial_merge_size=2, **vision),
-        tie_word_embeddings=tied, image_token_id=image, video_token_id=video, vision_start_token_id=start,
-        vision_end_token_id=end)
+        text_config=text, vision_config=vision, tie_word_embeddings=shape == "3B", image_token_id=image,
+        video_token_id=video, vision_start_token_id=start, vision_end_token_id=end)
 
 
-def random_policy(config):
+def random_policy(config, folder):
+    """A model that nobody trained; what ends its answers is told by generation_config.json in `folder`."""
     policy = AutoModelForImageTextToText.from_config(config, dtype=torch.float32).eval()
-    policy.__class__ = Policy
+    policy.__class__, policy.generation_config = common.Policy, GenerationConfig.from_pretrained(folder)
     return policy
-
-
-def noise_problems(count, pixels):
-    side = max(28, 28 * round(pixels**0.5 / 28))
-    random = np.random.default_rng(0)
-    return [dict(id=f"noise-{i}", problem="What is it?", answer="1", verifier="digit",
-                 images=[Image.fromarray(random.integers(0, 256, (side, side, 3), dtype=np.uint8))])
-            for i in range(count)]
 
 
 def bench_shape(args):
-    """The second of two steps of grpo.py, by its own clock, with weights that nobody trained."""
+    """The second of two steps of grpo.py at a real size: its speed and its memory ({} but on the first process)."""
     from lab import toy
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: torch sees no GPU here; try --shape tiny --device cpu")
-    load = common.load_policy
-    with tempfile.TemporaryDirectory() as folder:
-        toy.untrained(folder)  # for its tokenizer, image processor and generation_config
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-        config = shape_config(args.shape, tokenizer)
-        config.save_pretrained(folder)
-
-        def load_random(*rest, **more):
-            policy, processor = load(*rest, **more)
-            policy.vocabulary = config.get_text_config().vocab_size  # not the tabletop's few hundred words
-            return policy, processor
-
-        flags = ["--model", folder, "--eval_dataset", "none", "--max_steps", 2, "--prompts_per_step", args.problems,
-                 "--num_generations", args.num_generations, "--max_completion_length", args.max_completion_length,
-                 "--updates_per_step", 1, "--output_dir", os.path.join(folder, "run"), "--max_pixels", args.pixels,
-                 "--max_prompt_length", 20_000]
-        flags = common.parse_args("grpo", "", grpo.flags, grpo.RECIPE, {}, list(map(str, flags)))
-        problems = {flags.dataset: noise_problems(args.problems, args.pixels), "none": []}
-        with mock.patch.object(common, "load_whole", lambda folder: with_endings(random_policy(config), folder)), \
-                timed(grpo, load_policy=load_random, load_problems=problems.get) as steps:
-            grpo.main(flags)
-    last = steps[-1]
-    peak = torch.cuda.max_memory_allocated() / 1e9 if args.device == "cuda" else memory("VmHWM")
-    return dict(shape=args.shape, device=args.device, answers=args.problems * args.num_generations, pixels=args.pixels,
-                tokens=last["tokens"], peak_gb=peak, main=last["main"],
-                sampled_per_second=last["tokens"] / last["seconds_sample"],
-                updated_per_second=last["tokens"] / last["seconds_update"])
-
-
-def with_endings(policy, folder):
-    policy.generation_config = GenerationConfig.from_pretrained(folder)
-    return policy
+    side = 28 * max(1, round(args.pixels**0.5 / 28))
+    problems = [dict(id=str(i), problem="What is it?", answer="1", verifier="digit",
+                     images=[Image.effect_noise((side, side), 99).convert("RGB")]) for i in range(args.problems)]
+    with tempfile.TemporaryDirectory() as args.model:
+        toy.untrained(args.model)  # for its tokenizer, image processor and generation_config.json
+        if args.shape != "tiny":
+            shape_config(args.shape, AutoTokenizer.from_pretrained(args.model)).save_pretrained(args.model)
+        config = AutoConfig.from_pretrained(args.model)
+        # Of the real size's rows the tokenizer names a few hundred; the head must make them all the same.
+        rows = property(lambda policy: config.get_text_config().vocab_size, lambda policy, value: None)
+        with mock.patch.object(common.Policy, "vocabulary", rows, create=True), \
+                mock.patch.object(common, "load_whole", lambda folder: random_policy(config, folder)):
+            step = two_steps(grpo, args, dict(updates_per_step=1, max_pixels=args.pixels, max_prompt_length=20_000),
+                             load_problems=lambda name: [] if name == "none" else problems)
+    peak = torch.cuda.max_memory_allocated() / 1e9 if args.device == "cuda" else memory_gb("VmHWM")
+    speed = {f"tokens_per_second_{name}": step["tokens"] / step[f"seconds_{name}"] for name in ("sample", "update") if step}
+    return speed and dict(speed, tokens=step["tokens"], peak_memory_gb=peak)
 
 
 # --- the table --------------------------------------------------------------------------------------------------------
@@ -440,58 +347,53 @@ def with_endings(policy, folder):
 PARTS = dict(sampler=bench_sampler, update=bench_update, trl=bench_trl, vepo=bench_vepo, memory=bench_memory)
 
 
-def flags(argv=None):
+def parse(argv=None):
     parser = common.Parser("bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="toy", help="toy, or the folder of a model of the tabletop")
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="what to measure")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="what to compare")
     parser.add_argument("--pairs", type=int, default=5, help="how often both sides are measured")
-    parser.add_argument("--problems", type=int, default=16, help="problems in a step (P)")
-    parser.add_argument("--num_generations", type=int, default=8, help="answers to each (G)")
+    parser.add_argument("--problems", type=int, default=16, help="P, problems in a step")
+    parser.add_argument("--num_generations", type=int, default=8, help="G, answers to each")
     parser.add_argument("--max_completion_length", type=int, default=64, help="tokens of an answer")
-    parser.add_argument("--shares", type=float, nargs="*", default=SHARES, help="T/S of the update's curve")
-    parser.add_argument("--vocabulary", type=int, default=151_936, help="of the memory part")
-    parser.add_argument("--memory_length", type=int, default=512, help="answer tokens of the memory part")
     parser.add_argument("--shape", choices=SHAPES, help="measure grpo.py at this size instead, with random weights")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="of --shape")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="of --shape; the parts are the CPU's")
     parser.add_argument("--pixels", type=int, default=1_000_000, help="of --shape's pictures")
     parser.add_argument("--output", default="results/bench.json", help="where the numbers go")
-    return parser, parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+def show(part, line):
+    """Prints one line of the table."""
+    sign, bound = line["wanted"].split()
+    line = dict(part=part, **line, met=(line["ratio"] >= float(bound)) == (sign == ">="))
+    checks = "  ".join(f"{name} {line[name]:.1e}" for name in ("loss_gap", "gradient_gap") if name in line)
+    print(f"{part:10}{line['case']:26}{line['sides']:18}{line['ratio']:6.2f}  {line['wanted']:8}"
+          f"{'' if line['met'] else 'missed':8}{checks}".rstrip(), flush=True)
+    return line
 
 
 def main(args):
-    os.environ["ACCELERATE_USE_CPU"] = "true" if args.device == "cpu" else "false"
-    versions = {module.__name__: module.__version__ for module in (torch, transformers, accelerate)}
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise common.UserError("--device cuda: torch sees no GPU here; --shape tiny --device cpu shows what would run")
+    os.environ["ACCELERATE_USE_CPU"] = str(args.device == "cpu")
+    about = dict(vars(args), torch=torch.__version__, transformers=transformers.__version__)
+    torch.set_num_threads(1)
     if args.shape:
         numbers = bench_shape(args)
-        if not numbers["main"]:
-            return
-        print("\n".join(f"{name:20}{value}" for name, value in numbers.items()))
-        return save(args, dict(versions=versions, shape=numbers))
-    torch.set_num_threads(1)
-    args.model_folder = args.model = common.find_model(args.model)
-    policy, processor = common.load_policy(args.model)
-    policy.requires_grad_(True)
-    problems, rows = common.load_problems(f"toy@train:{args.problems}")[:], []
-    print(f"{'':10}{'':28}{'':18}{'ratio':>7}  {'wanted':10}{'seconds':18}checks")
-    for part in args.parts:
-        for line in PARTS[part](args, policy, processor, problems):
-            rows.append(line)
-            checks = {k: f"{v:.2g}" for k, v in line.items() if k.endswith("_gap") or k == "answer_over_prompt"}
-            print(f"{line['part']:10}{line['case']:28}{line['sides']:18}{line['ratio']:7.2f}  {line['wanted']:10}"
-                  f"{' '.join(f'{s:.3g}' for s in line['seconds']):18}{'' if line['met'] else 'MISSED '}"
-                  + " ".join(f"{k} {v}" for k, v in checks.items()), flush=True)
-    sizes = {name: vars(args)[name] for name in ("problems", "num_generations", "max_completion_length", "pairs")}
-    save(args, dict(versions=versions, model=args.model, micro_batch_size=MICRO, **sizes, rows=rows))
-
-
-def save(args, numbers):
-    Path(args.output).parent.mkdir(parents=True, exist_ok=True)
-    common.write_atomically(args.output, json.dumps(numbers, indent=1) + "\n")
+        print("".join(f"{name:28}{value:12,.1f}\n" for name, value in numbers.items()), end="")
+    else:
+        args.model = common.find_model(args.model)
+        policy, processor = common.load_policy(args.model)
+        cast = policy.requires_grad_(True), processor, common.load_problems(f"toy@train:{args.problems}")[:]
+        print(f"{'part':10}{'case':26}{'what':18}{'ratio':>6}  {'wanted':16}checks")
+        numbers = [show(part, line) for part in args.parts for line in PARTS[part](args, *cast)]
+    if numbers:  # else this is not the first process
+        Path(args.output).parent.mkdir(parents=True, exist_ok=True)
+        common.write_atomically(args.output, json.dumps(about | dict(numbers=numbers), indent=1) + "\n")
 
 
 if __name__ == "__main__":
-    parser, wishes = flags()
     try:
-        main(wishes)
-    except UserError as error:
-        parser.exit(2, f"error: {error}\n")
+        main(parse())
+    except common.UserError as error:
+        common.Parser().error(str(error))

@@ -22,6 +22,7 @@ import re
 import sys
 import textwrap
 from collections import Counter, namedtuple
+from itertools import cycle
 from pathlib import Path
 
 import matplotlib
@@ -71,7 +72,7 @@ CLUSTERS = ("embeddings", "labels", "accuracy", "texts")
 # Okabe and Ito's colours, which stay apart for colour-blind eyes. A script keeps its colour in every picture.
 PALETTE = {"grpo": "#0072B2", "vepo": "#D55E00", "mupo": "#009E73", "opd": "#CC79A7", "sft": "#E69F00",
            "base": "#767676", "teacher": "#1a1a1a", "other": "#56B4E9"}
-MARKERS = "osD^vPX*"  # of clusters; a second way to tell them apart
+MARKERS = "osD^vPX"  # of clusters: seven, so that with eight colours 56 can be told apart
 QUIET, WIDTH, ROW = "#767676", 9.0, 1.75  # grey; inches: at 200 dots each sharp in the 900 pixels of a README
 STYLE = {
     "font.family": "DejaVu Sans", "font.size": 8, "text.color": "#1a1a1a", "text.parse_math": False,  # a "$" stays one
@@ -332,7 +333,7 @@ SIDES = [(5, 0, "left", "center"), (-5, 0, "right", "center"), (0, 5, "center", 
 
 
 def visible(text):
-    """Text with a sign for line ends and tabs, and an escape for what else cannot be seen, as turns of direction."""
+    """Text with a sign for line ends and tabs, and an escape for what else is invisible, or turns it round."""
     return "".join(SIGNS.get(c, c if c.isprintable() else ascii(c)[1:-1]) for c in text)
 
 
@@ -342,8 +343,9 @@ def token_text(token):
 
 def drawable(text, most):
     """Text as one line of a picture, cut to `most` characters; a box stands for what the font has not."""
-    known, text = get_font(findfont(STYLE["font.family"])).get_charmap(), visible(" ".join(text.split()))
-    return "".join(c if ord(c) in known else "□" for c in (text if len(text) <= most else text[:most - 1] + "…"))
+    font, text = get_font(findfont(STYLE["font.family"])), visible(" ".join(text.split()))
+    text = text if len(text) <= most else text[:most - 1] + "…"
+    return "".join(c if font.get_char_index(ord(c)) else "□" for c in text)
 
 
 def top_fifth(values):
@@ -360,7 +362,7 @@ def missed_by_entropy(rows):
 
 
 def telling(entropy, jsd, words):
-    """Indices of tokens worth naming: those of highest JSD, then of highest entropy at low JSD, no word twice in each."""
+    """Indices of tokens worth naming: of highest JSD, then of highest entropy at low JSD, in each no word twice."""
     found = []
     for key, among, count in ((jsd, jsd >= 0, 9), (entropy, jsd <= np.quantile(jsd, 0.8), 7)):
         first = {}
@@ -371,12 +373,12 @@ def telling(entropy, jsd, words):
     return list(dict.fromkeys(found))
 
 
-def label_points(axis, points, chosen, words):
-    """Writes its word beside each chosen point of (N, 2), where it hides the fewest points; never over another word."""
+def label_points(axis, points, words):
+    """Writes words, {row of points (N, 2): word}, beside their points, where each hides fewest; none over another."""
     axis.figure.draw_without_rendering()  # sizes are known only now
     places, taken = axis.transData.transform(points), []
-    for i in chosen:
-        texts = [axis.annotate(words[i], points[i], offset, textcoords="offset points", ha=ha, va=va, fontsize=7.5,
+    for i, word in words.items():
+        texts = [axis.annotate(word, points[i], offset, textcoords="offset points", ha=ha, va=va, fontsize=7.5,
                                path_effects=[withStroke(linewidth=1.5, foreground="white")])
                  for *offset, ha, va in SIDES]
         boxes = [text.get_window_extent().padded(3) for text in texts]
@@ -393,7 +395,7 @@ def signals(output_dir):
     """All tokens of signals.jsonl by entropy and JSD, kept and dropped, as output_dir/signals.png. Returns its path."""
     source, rows = load_last(output_dir, "signals.jsonl", SIGNALS)
     x, y, kept = (np.concatenate([row[key] for row in rows]).astype(float) for key in ("entropy", "jsd", "kept"))
-    words = [drawable(token_text(token), 20) for row in rows for token in row["tokens"]]
+    words = [token_text(token).strip() for row in rows for token in row["tokens"]]
     headline = f"{show(missed_by_entropy(rows), '%')} of the top-20% JSD tokens are not among the top 20% by entropy"
     caption = (f"{source}, {len(rows)} answers. JSD: between the predictions with the picture and with a noised one. "
                "The top 20% are taken within each answer. Thin lines: a fifth of all tokens lies beyond.")
@@ -406,7 +408,7 @@ def signals(output_dir):
         for draw_line, values in ((axis.axvline, x), (axis.axhline, y)):
             draw_line(np.quantile(values, 0.8), color=QUIET, linewidth=0.6, zorder=0.9)
         axis.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, frameon=False, borderpad=0, handletextpad=0)
-        label_points(axis, np.stack([x, y], 1), telling(x, y, words), words)
+        label_points(axis, np.stack([x, y], 1), {i: drawable(words[i], 20) for i in telling(x, y, words)})
         return save(figure, Path(output_dir) / "signals.png")
 
 
@@ -449,18 +451,17 @@ def central_reasoning(row, mine):
 def draw_clusters(row, axis, key_axis):
     """A problem's answers in the plane, and what each cluster says beside it."""
     points, share = plane(row["embeddings"])
+    half, middle = 0.68 * max(np.ptp(points, 0) / [1.3, 1]) or 0.5, (points.min(0) + points.max(0)) / 2
+    note = f"{100 * share:.0f}% of the variance" if points.any() else "all the same"
     points, right, labels = side_by_side(points), np.array(row["accuracy"]) >= 0.5, np.array(row["labels"])
-    for place, (label, colour, marker) in enumerate(zip(np.unique(labels), PALETTE.values(), MARKERS)):
-        mine, height = labels == label, 1 - (place + 0.5) / len(np.unique(labels))
+    for place, (label, colour, marker) in enumerate(zip(np.unique(labels), cycle(PALETTE.values()), cycle(MARKERS))):
+        mine, height = labels == label, 1 - (place + 0.5) / max(3, len(np.unique(labels)))
         for chosen, fill in ((mine & right, colour), (mine & ~right, "white")):
             axis.scatter(*points[chosen].T, 26, fill, marker=marker, edgecolors=colour, linewidths=1.2)
         key_axis.scatter(0.01, height, 26, colour, marker=marker)
         text = textwrap.fill(drawable(central_reasoning(row, mine), 170), 88)
-        key_axis.text(0.035, height, f"{mine.sum()} answers, {(mine & right).sum()} right\n{text}", va="center",
-                      fontsize=7.5)
-    half = 0.62 * max(np.ptp(points, 0) / [1.3, 1]) or 1.0
-    middle = (points.min(0) + points.max(0)) / 2
-    axis.set(xticks=[], yticks=[], xlabel=f"{100 * share:.0f}% of the variance", box_aspect=1 / 1.3,
+        key_axis.text(0.035, height, f"{(mine & right).sum()} of {mine.sum()} right\n{text}", va="center", fontsize=7.5)
+    axis.set(xticks=[], yticks=[], xlabel=note, box_aspect=1 / 1.3,
              xlim=middle[0] + half * np.array([-1.3, 1.3]), ylim=middle[1] + half * np.array([-1, 1]))
     key_axis.set(xlim=(0, 1), ylim=(0, 1))
     key_axis.axis("off")
@@ -483,8 +484,8 @@ def clusters(output_dir, pictures=None):
         axes = figure.subplots(len(rows), 3, squeeze=False, width_ratios=[1.3 if shown else 0.001, 1.9, 5.5],
                                subplot_kw=dict(anchor="NW"))
         for row, (axis, plane_axis, key_axis) in zip(rows, axes):
-            axis.annotate(drawable(row["problem"], 120), (0, 1), (0, 6), xycoords="axes fraction", fontsize=8.5,
-                          textcoords="offset points", fontweight="bold", in_layout=False)  # a title would widen the axis
+            axis.annotate(drawable(row["problem"], 105), (0, 1), (0, 6), xycoords="axes fraction", fontsize=8.5,
+                          textcoords="offset points", fontweight="bold", in_layout=False)  # a title widens its column
             plane_axis.set_title(" ")
             axis.axis("off")
             if row["id"] in pictures:
@@ -523,10 +524,11 @@ SHADES = {
     "score": ("Score", "", "204 121 167", "from the three, what the tokens are kept by"),
 }
 TOKENS = HEAD + """input {{ position: fixed; opacity: 0 }} .picture {{ flex: 0 0 10.5rem }}
-.picture img {{ width: 100% }} nav {{ position: sticky; top: 0; background: white; padding: .7rem 0; border-bottom: 1px solid #a0a0a0 }}
+.picture:empty {{ display: none }} .picture img {{ width: 100% }} section {{ min-width: 0 }}
+nav {{ position: sticky; top: 0; background: white; padding: .7rem 0; border-bottom: 1px solid #a0a0a0 }}
 label {{ cursor: pointer; padding: .15rem .8rem; border-radius: 1rem }} nav p {{ display: none; margin: .5rem .8rem 0 }}
 nav i {{ display: inline-block; width: 10rem; height: .7rem; border: 1px solid #ececec; margin: 0 .3rem;
-background: linear-gradient(to right, transparent, rgb(var(--hue) / .7)) }} section {{ min-width: 0 }}
+background: linear-gradient(to right, transparent, rgb(var(--hue) / .7)) }}
 article {{ display: flex; gap: 1.5rem; border-bottom: 1px solid #ececec; padding: 1.2rem 0 }}
 .tokens {{ white-space: pre-wrap; overflow-wrap: anywhere; line-height: 2 }} .tokens span {{ padding: .15rem 0;
 background: rgb(var(--hue) / calc(.7 * var(--shade))); border-radius: 3px; margin: 0 .5px }}

@@ -12,7 +12,7 @@ The problems are grids of coloured shapes, one 28x28 cell to a visual token, and
     digit      how many red circles          2
     mcq        which colour is most common   B
     math       what fraction is red          \\frac{1}{3}
-    iou        a box around every red star   [28, 0, 84, 56]      in pixels, left top right bottom
+    iou        a box around all the stars    [28, 0, 84, 56]      in pixels: left, top, right, bottom
 
 Every problem can be reasoned through in three styles, each with its own trace:
 
@@ -20,8 +20,8 @@ Every problem can be reasoned through in three styles, each with its own trace:
     columns   the same, column by column
     marks     go row by row and name the matches only
 
-Splits: `pretrain` is what the two models are made from; `train` and `test` are new pictures like it; `ood` has 4x4 pictures,
-with colour-shape pairs or wordings that no model here was ever trained on.
+Splits: `pretrain` is what the two models are made from; `train` and `test` hold new 3x3 pictures like it; `ood` has 4x4
+pictures, with colour-shape pairs or wordings that no model here was ever trained on.
 """
 
 import argparse
@@ -63,24 +63,23 @@ SHAPES = ("circle", "square", "triangle", "star")
 UNSEEN_PAIRS = (("red", "star"), ("green", "triangle"), ("blue", "square"), ("yellow", "circle"))
 PAIRS = tuple((colour, shape) for colour in COLOURS for shape in SHAPES)
 SEEN_PAIRS = tuple(pair for pair in PAIRS if pair not in UNSEEN_PAIRS)
+OPTIONS = {"colour": tuple(COLOURS), "shape": SHAPES}  # of mcq; in one order, for so small a model learns no lookup
 EMPTY, OTHER = "none", "no"
-COLUMNS = "abcd"
-LETTERS = "ABCD"
+COLUMNS, LETTERS = "abcd", "ABCD"
 CELL = 28  # pixels: 2x2 patches of 14, which the merger turns into one visual token
-PAPER = (250, 249, 245)
-LINE = (222, 220, 212)
+PAPER, LINE = (250, 249, 245), (222, 220, 212)
 
 VERIFIERS = ("digit", "mcq", "math", "iou")
 STYLES = {"rows": "Across", "columns": "Down", "marks": "Mark"}
 VISUAL_WORDS = frozenset([*COLOURS, *SHAPES, EMPTY, OTHER, *COLUMNS, *"0123456789"])
 
-# The last wording of each verifier, and of each way to say it, is kept for ood.
 WORDINGS = {
     "digit": ("How many {things} are there?", "Count the {things}.", "Find the number of {things}."),
     "mcq": ("Which {kind} is most common?", "What {kind} do you see most?", "Find the most common {kind}."),
     "math": ("What fraction of the shapes are {things}?", "Which part of all shapes are {things}?",
              "Find the fraction of {things}."),
-    "iou": ("Where are the {things}? Give one box.", "Draw a box around the {things}.", "Find the box of all {things}."),
+    "iou": ("Where are the {things}? Give one box.", "Draw a box around the {things}.",
+            "Find the box of all {things}."),
 }
 OOD_WORDINGS = {
     "digit": ("Give the count of {things} here.", "What number of {things} are in the grid?"),
@@ -104,15 +103,14 @@ class Spec:
 
     grid: tuple
     verifier: str
-    target: tuple  # (colour or None, shape or None); for mcq ("colour",) or ("shape",), the kind that is asked for
-    options: tuple  # mcq only
+    target: tuple  # (colour or None, shape or None), what to find; for mcq (kind,), a key of OPTIONS
     wording: str
     drawing: int  # seed of sizes and offsets
 
 
 def matches(cell, target):
-    """Whether a cell shows the target (None stands for any)."""
-    return cell is not None and all(want in (None, have) for want, have in zip(target, cell))
+    """Whether a cell shows the target (None and True match any)."""
+    return cell is not None and all(want in (None, True, have) for want, have in zip(target, cell))
 
 
 def cells(spec):
@@ -121,21 +119,25 @@ def cells(spec):
 
 
 def places(spec, target):
+    """Where the target is, in reading order."""
     return [place for place, cell in cells(spec) if matches(cell, target)]
 
 
-def option_target(spec, option):
-    return (option, None) if spec.target == ("colour",) else (None, option)
+def most_common(spec):
+    """The number of the option that most cells show, and that option as a target."""
+    kind = spec.target[0]
+    targets = [(option, None) if kind == "colour" else (None, option) for option in OPTIONS[kind]]
+    counts = [len(places(spec, target)) for target in targets]
+    return counts.index(max(counts)), targets[counts.index(max(counts))]
 
 
 def answer(spec):
     """The gold answer as text."""
-    found = [] if spec.verifier == "mcq" else places(spec, spec.target)
+    if spec.verifier == "mcq":
+        return LETTERS[most_common(spec)[0]]
+    found = places(spec, spec.target)
     if spec.verifier == "digit":
         return str(len(found))
-    if spec.verifier == "mcq":
-        counts = [len(places(spec, option_target(spec, option))) for option in spec.options]
-        return LETTERS[counts.index(max(counts))]
     if spec.verifier == "math":
         part = Fraction(len(found), len(places(spec, (None, None))))
         return rf"\frac{{{part.numerator}}}{{{part.denominator}}}"
@@ -147,31 +149,27 @@ def answer(spec):
 def question(spec):
     """The problem text, without the instruction that every problem shares."""
     if spec.verifier == "mcq":
-        options = ", ".join(f"{option} {letter}" for letter, option in zip(LETTERS, spec.options))
-        return f"{spec.wording.format(kind=spec.target[0])} {options}"
+        kind = spec.target[0]
+        options = ", ".join(f"{option} {letter}" for letter, option in zip(LETTERS, OPTIONS[kind]))
+        return f"{spec.wording.format(kind=kind)} {options}"
     colour, shape = spec.target
-    things = " ".join(filter(None, (colour, shape or "shape"))) + "s"
-    if spec.verifier == "math" and shape is None:
-        things = colour
-    return spec.wording.format(things=things)
+    only_colour = spec.verifier == "math" and shape is None
+    return spec.wording.format(things=colour if only_colour else f"{_name((colour, shape or 'shape'))}s")
 
 
 def traces(spec):
-    """The problem's worked answers: {style: "<think>…</think>\\boxed{…}"}. Takes a Spec, or a problem that holds one."""
+    """The worked answers {style: "<think>…</think>\\boxed{…}"} of a Spec, or of a problem that holds one."""
     spec = spec["spec"] if isinstance(spec, dict) else spec
-    gold = answer(spec)
-    if spec.verifier == "mcq":
-        most = option_target(spec, spec.options[LETTERS.index(gold)])
-        # The readers count every option; who marks must see the answer first.
-        asked = {"rows": option_target(spec, True), "columns": option_target(spec, True), "marks": most}
-        heads = {"rows": spec.target[0], "columns": spec.target[0], "marks": _name(most)}
-    else:
-        asked, heads = dict.fromkeys(STYLES, spec.target), dict.fromkeys(STYLES, _name(spec.target))
-    return {
-        style: f"<think>{opening} {heads[style]}: {_reading(spec, style, asked[style])}{_conclusion(spec)}</think>"
-               f"\\boxed{{{gold}}}"
-        for style, opening in STYLES.items()
-    }
+    worked = {}
+    for name, opening in STYLES.items():
+        target, head = spec.target, _name(spec.target)
+        if spec.verifier == "mcq" and name == "marks":  # who marks must have seen the winner first
+            target, head = most_common(spec)[1], _name(most_common(spec)[1])
+        elif spec.verifier == "mcq":
+            target = tuple(kind == head or None for kind in OPTIONS)
+        thought = f"{opening} {head}: {_reading(spec, name, target)}{_conclusion(spec)}"
+        worked[name] = f"<think>{thought}</think>\\boxed{{{answer(spec)}}}"
+    return worked
 
 
 def _name(target):
@@ -179,32 +177,28 @@ def _name(target):
 
 
 def _reading(spec, style, target):
-    """The picture in words, row by row or column by column.
-
-    A cell is named by the attributes that `target` has; marks leave out all but the matches. Behind every match stands
-    how many of its kind there are so far, or its place where the question is for places.
-    """
-    width = len(spec.grid[0])
+    """The picture in words, row by row or column by column."""
+    width, seen = len(spec.grid[0]), Counter()
     lines = [cells(spec)[i:i + width] for i in range(0, len(cells(spec)), width)]
-    seen, words = Counter(), []
-    for line in zip(*lines) if style == "columns" else lines:
-        for place, cell in line:
-            word = EMPTY if cell is None else _name(part for part, want in zip(cell, target) if want)
-            seen[word] += 1
-            if True in target and cell or matches(cell, target):
-                note = f" {place}" if spec.verifier == "iou" else str(seen[word])
-                word = place if note[0] == " " and style == "marks" else word + note
-            elif style == "marks" and cell:
-                word = OTHER
-            words.append(word)
-        words[-1] += ";"
-    return " ".join(words)[:-1]
+    lines = zip(*lines) if style == "columns" else lines
+    return "; ".join(" ".join(_word(spec, style, target, *at, seen) for at in line) for line in lines)
+
+
+def _word(spec, style, target, place, cell, seen):
+    """A cell by the attributes that `target` has (True: any); behind a match their number so far, or the place."""
+    name = EMPTY if cell is None else _name(part for part, want in zip(cell, target) if want)
+    seen[name] += 1
+    if not matches(cell, target):
+        return OTHER if style == "marks" and cell else name
+    if spec.verifier != "iou":
+        return f"{name}{seen[name]}"
+    return place if style == "marks" else f"{name} {place}"
 
 
 def _conclusion(spec):
     """What follows from the reading, before the answer is boxed."""
     if spec.verifier == "mcq":
-        return f", so {spec.options[LETTERS.index(answer(spec))]} {answer(spec)}"
+        return f", so {_name(most_common(spec)[1])} {answer(spec)}"
     if spec.verifier == "iou":
         return ""
     part, whole = len(places(spec, spec.target)), len(places(spec, (None, None)))
@@ -230,17 +224,15 @@ def _target(rng, verifier, pair):
 
 
 def _fill(rng, rows, columns, verifier, target, pairs):
-    """A grid in which the answer is spread evenly: the number of matches is drawn first."""
+    """A grid in which the answers are spread evenly: the number of matches is drawn first."""
     size = rows * columns
+    whole = rng.randint(size - 3, size)
     if verifier == "mcq":
-        whole = rng.randint(size - 3, size)
-        shown = [rng.choice(pairs) for _ in range(whole)]
+        shown = rng.choices(pairs, k=whole)
     else:
-        low, high = {"digit": (0, 5), "math": (1, 4), "iou": (1, 2)}[verifier]
-        part = rng.randint(low, high)
-        whole = rng.randint(size - 3, size)
-        wanted, others = ([p for p in pairs if matches(p, target) == want] for want in (True, False))
-        shown = [rng.choice(wanted) for _ in range(part)] + [rng.choice(others) for _ in range(whole - part)]
+        part = rng.randint(*{"digit": (0, 5), "math": (1, 4), "iou": (1, 2)}[verifier])
+        wanted, others = ([pair for pair in pairs if matches(pair, target) == want] for want in (True, False))
+        shown = rng.choices(wanted, k=part) + rng.choices(others, k=whole - part)
     shown += [None] * (size - whole)
     rng.shuffle(shown)
     return tuple(tuple(shown[y * columns:(y + 1) * columns]) for y in range(rows))
@@ -249,7 +241,8 @@ def _fill(rng, rows, columns, verifier, target, pairs):
 # Where a picture belongs follows from the picture itself, so no picture can stand in two splits.
 SHARES = {"pretrain": range(0, 5), "train": range(5, 8), "test": range(8, 9), "ood": range(9, 10)}
 SIZES = {"pretrain": None, "train": 4096, "test": 256, "ood": 256}
-SHAPES_OF_GRID = {"pretrain": [(3, 3)] * 6 + [(2, 4), (4, 2)], "train": [(3, 3)], "test": [(3, 3)], "ood": [(4, 4)]}
+# The few 2x4 and 4x2 pictures show the models a fourth row and column, never both: a coordinate of 112 is no news.
+GRIDS = {"pretrain": [(3, 3)] * 6 + [(2, 4), (4, 2)], "train": [(3, 3)], "test": [(3, 3)], "ood": [(4, 4)]}
 
 
 def share_of(grid):
@@ -258,30 +251,25 @@ def share_of(grid):
 
 
 def spec_of(split, index):
-    """The problem `index` of a split, before it is drawn. ood takes turns: new pairs in old words, old pairs in new words."""
+    """The problem `index` of a split, before it is drawn. ood takes turns: new pairs in known words, then new words."""
     rng = random.Random(f"{split} {index}")
     verifier = VERIFIERS[index % 4]
     new_pairs, new_words = (split == "ood" and index // 4 % 2 == turn for turn in (0, 1))
-    pairs = PAIRS if new_pairs else SEEN_PAIRS
     while True:
-        rows, columns = rng.choice(SHAPES_OF_GRID[split])
         target = _target(rng, verifier, rng.choice(UNSEEN_PAIRS if new_pairs else SEEN_PAIRS))
-        grid = _fill(rng, rows, columns, verifier, target, pairs)
-        shown = {cell for row in grid for cell in row}
-        if share_of(grid) in SHARES[split] and (not new_pairs or shown & set(UNSEEN_PAIRS)):
-            options = _options(rng, grid, target) if verifier == "mcq" else ()
-            if options is not None:
-                break
+        grid = _fill(rng, *rng.choice(GRIDS[split]), verifier, target, PAIRS if new_pairs else SEEN_PAIRS)
+        new = not new_pairs or any(cell in UNSEEN_PAIRS for row in grid for cell in row)
+        if share_of(grid) in SHARES[split] and new and (verifier != "mcq" or not _is_tie(grid, target)):
+            break
     wording = rng.choice((OOD_WORDINGS if new_words else WORDINGS)[verifier])
-    return Spec(grid, verifier, target, options, wording, rng.randrange(2**32))
+    return Spec(grid, verifier, target, wording, rng.randrange(2**32))
 
 
-def _options(rng, grid, target):
-    """Four options in random order; None where two of them are equally common."""
-    part = 0 if target == ("colour",) else 1
-    counts = Counter(cell[part] for row in grid for cell in row if cell).most_common(2)
-    options = tuple(COLOURS) if part == 0 else SHAPES
-    return options if len(counts) == 1 or counts[0][1] > counts[1][1] else None
+def _is_tie(grid, target):
+    """Whether no colour (or shape) is more common than every other."""
+    part = list(OPTIONS).index(target[0])
+    counts = sorted(Counter(cell[part] for row in grid for cell in row if cell).values())
+    return len(counts) > 1 and counts[-1] == counts[-2]
 
 
 def problem_of(split, index):
@@ -296,7 +284,7 @@ def problem_of(split, index):
 
 
 class Problems(Sequence):
-    """The first `count` problems of a split, drawn when they are asked for. The same index is always the same problem."""
+    """The first `count` problems of a split, drawn when asked for. An index is the same problem whatever the count."""
 
     def __init__(self, split, count):
         self.split, self.count = split, count
@@ -307,13 +295,12 @@ class Problems(Sequence):
     def __getitem__(self, index):
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(self.count))]
-        index = range(self.count)[index]
-        return problem_of(self.split, index)
+        return problem_of(self.split, range(self.count)[index])
 
 
 def problems(split, count=None):
     """The problems of a split: dicts with id, images, problem, answer, verifier, trace, style, spec."""
-    return Problems(split, count or SIZES[split])
+    return Problems(split, SIZES[split] if count is None else count)
 
 
 @lru_cache(maxsize=None)
@@ -371,15 +358,15 @@ CHAT_TEMPLATE = """\
 {%- endfor %}
 {%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"""
 
-# vocab_size: rows beyond the tokenizer's are padding, and differ between the two as they do between the 7B and the 72B.
+# Rows of the vocabulary beyond the tokenizer's are padding, and differ between the two as between the 7B and the 72B.
 RECIPES = {
     "toy": dict(vocab_size=512, hidden=96, layers=4, heads=4, vision_hidden=64, vision_layers=2,
-                steps=500, problems_per_step=16, muon=7e-3, adam=2e-3, warmup=20, decay=0.3),
+                steps=250, problems_per_step=16, muon=7e-3, adam=2e-3, warmup=20, decay=0.3),
     "toy-teacher": dict(vocab_size=544, hidden=144, layers=4, heads=6, vision_hidden=64, vision_layers=2,
-                        steps=1500, problems_per_step=24, muon=5e-3, adam=1.5e-3, warmup=20, decay=0.5),
+                        steps=500, problems_per_step=16, muon=5e-3, adam=1.5e-3, warmup=20, decay=0.5),
 }
 NAMES = tuple(RECIPES)
-THREADS = 1  # more would wait for each other (tiny matrices), and sum in another order. LEAD: keep 1; two spinning threads made your 280-step build take 8 min on the shared cores
+THREADS = 1  # a sum that is split over threads has other last digits; with one, any machine builds the same weights
 
 
 def build(name, seed=1, steps=None):
@@ -391,21 +378,25 @@ def build(name, seed=1, steps=None):
     if name not in RECIPES:
         raise common.UserError(f"there is no toy model called {name!r}; choose one of {', '.join(NAMES)}")
     recipe = RECIPES[name] | ({} if steps is None else {"steps": steps})
-    place = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cleanvl" / f"{name}-{_key(recipe, seed)}"
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cleanvl"
+    place = cache / f"{name}-{_key(recipe, seed)}"
     if not place.exists():
-        place.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=place.parent, prefix=f".{place.name}-") as beside:
-            finished = _train(name, recipe, seed, Path(beside))
+        cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=cache, prefix=f".{place.name}-") as beside:
+            threads = torch.get_num_threads()
+            torch.set_num_threads(THREADS)
             try:
-                finished.rename(place)
+                _train(name, recipe, seed, Path(beside)).rename(place)
             except OSError:  # another process was faster; its folder is the same
                 if not place.exists():
                     raise
+            finally:
+                torch.set_num_threads(threads)
     return str(place)
 
 
 def _key(recipe, seed):
-    """A hash of the recipe and of what it is applied to: words, pictures, template, so that no edit meets a stale cache."""
+    """A hash of the recipe and of what it is applied to: words, pictures, template. An edit meets no stale model."""
     key = hashlib.sha256(json.dumps([recipe, seed, CHAT_TEMPLATE, common.INSTRUCTION]).encode())
     for spec in (spec_of("pretrain", index) for index in range(64)):
         key.update(repr((question(spec), traces(spec))).encode() + draw(spec).tobytes())
@@ -421,10 +412,12 @@ def make_tokenizer():
     split = pre_tokenizers.Split(Regex(PRETOKENIZE_REGEX), "isolated")
     words.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(False, use_regex=False)])
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    words.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=480, initial_alphabet=alphabet, show_progress=False))
+    trainer = trainers.BpeTrainer(vocab_size=480, initial_alphabet=alphabet, show_progress=False)
+    words.train_from_iterator(texts, trainer)
     learned = json.loads(words.to_str())["model"]
-    return Qwen2Tokenizer(learned["vocab"], [tuple(pair) for pair in learned["merges"]], eos_token="<|im_end|>",
-                          pad_token="<|endoftext|>", additional_special_tokens=list(SPECIALS), chat_template=CHAT_TEMPLATE)
+    return Qwen2Tokenizer(
+        learned["vocab"], [tuple(pair) for pair in learned["merges"]], eos_token="<|im_end|>",
+        pad_token="<|endoftext|>", additional_special_tokens=list(SPECIALS), chat_template=CHAT_TEMPLATE)
 
 
 def make_config(recipe, tokenizer):
@@ -450,15 +443,18 @@ def make_config(recipe, tokenizer):
     )
 
 
-def _write_untrained(recipe, folder):
-    """A randomly initialised checkpoint in the hub's layout."""
+def untrained(folder, recipe=RECIPES["toy"], seed=1):
+    """Writes a randomly initialised model to `folder`, in the hub's layout."""
     tokenizer = make_tokenizer()
-    model = Qwen2_5_VLForConditionalGeneration(make_config(recipe, tokenizer))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = Qwen2_5_VLForConditionalGeneration(make_config(recipe, tokenizer))
     stop, end = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
-    # The sampling defaults that Qwen ships. Training must not meet them: see test_trap_truncated_sampling.
+    # Qwen ships such sampling defaults. Training must not meet them: see test_trap_truncated_sampling.
     model.generation_config = GenerationConfig(
         bos_token_id=end, pad_token_id=end, eos_token_id=[stop, end], do_sample=True, repetition_penalty=1.05,
-        temperature=0.1, top_p=0.8, top_k=20)
+        temperature=0.1, top_p=0.8, top_k=20,
+    )
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     # Paper is 0 after this normalisation, so what is drawn is all that the vision tower sees.
@@ -468,11 +464,7 @@ def _write_untrained(recipe, folder):
 
 def _train(name, recipe, seed, folder):
     """Trains a model from nothing on the pretraining problems, each in all its styles. Returns the finished folder."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(THREADS)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        _write_untrained(recipe, folder / "untrained")
+    untrained(folder / "untrained", recipe, seed)
     wishes = argparse.Namespace(max_pixels=common.MAX_PIXELS, train_vision=True, gradient_checkpointing=False)
     policy, processor = common.load_policy(str(folder / "untrained"), train=True, args=wishes)
     # Muon learns the matrices about twice as fast as Adam would; embeddings, norms and the patch filter are Adam's.
@@ -493,7 +485,6 @@ def _train(name, recipe, seed, folder):
             optimizer.step()
             optimizer.zero_grad()
     common.save_policy(policy, processor, str(folder / "finished"))
-    torch.set_num_threads(threads)
     return folder / "finished"
 
 
@@ -520,41 +511,39 @@ def measure(name, split="test", count=128, samples=16, seed=1):
     groups = [rollout.texts[i:i + samples] for i in range(0, len(rollout), samples)]
     used = Counter(map(style, rollout.texts))
     row = {
-        "weights": common.count_weights(policy)[0],
+        "weights": sum(p.numel() for p in policy.parameters()),
         "pass@1": pass_at_k(samples, right_P, 1).mean(),
         f"pass@{samples}": pass_at_k(samples, right_P, samples).mean(),
         "entropy": (rollout.entropy_BT.sum() / rollout.mask_BT.sum()).item(),
         "tokens": (rollout.mask_BT.sum() / len(rollout)).item(),
         "distinct": sum(len(set(map(common.final_answer, group))) for group in groups) / count,
     }
-    row |= {f"p@1 {v}": right_PG[[p["verifier"] == v for p in rollout.prompts.problems]].mean().item() for v in VERIFIERS}
+    for verifier in VERIFIERS:
+        right = right_P[[problem["verifier"] == verifier for problem in rollout.prompts.problems]]
+        for k in (1, samples):
+            row[f"pass@{k} {verifier}"] = pass_at_k(samples, right, k).mean()
     return row | {f"of {s}": used[s] / len(rollout) for s in (*STYLES, "other")}
 
 
 def picture(path):
     """Draws one problem of each kind with its traces, and one from out of domain, and saves them as a picture."""
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
 
-    shown = [problem_of("train", index) for index in (8, 1, 2, 7)] + [problem_of("ood", 7)]
-    figure, rows = pyplot.subplots(len(shown), 2, figsize=(13, 2.6 * len(shown)), width_ratios=(1, 5), facecolor="white")
-    for (left, right), problem in zip(rows, shown):
+    shown = [problem_of("train", index) for index in (8, 1, 2, 7)] + [problem_of("ood", 9)]
+    figure = Figure(figsize=(13, 2.3 * len(shown)), layout="constrained")
+    for (left, right), problem in zip(figure.subplots(len(shown), 2, width_ratios=(1, 5)), shown):
         image = problem["images"][0]
         left.imshow(image.resize((8 * image.width, 8 * image.height), Image.Resampling.LANCZOS))
         right.text(0, 0.97, problem["problem"], fontsize=13, weight="bold", va="top")
-        right.text(1, 0.97, f"{problem['id']}   {problem['verifier']}", fontsize=10, color="0.5", va="top", ha="right")
+        right.text(1, 0.97, f"{problem['verifier']}   {problem['id']}", fontsize=10, color="0.5", va="top", ha="right")
         for line, (name, text) in enumerate(traces(problem).items()):
-            where = 0.72 - 0.28 * line
-            right.text(0, where, name, fontsize=11, color="tab:blue", va="top")
-            right.text(0.06, where, textwrap.fill(text, 105).replace("$", r"\$"), fontsize=9.5, family="monospace",
-                       va="top", parse_math=False)
+            right.text(0, 0.7 - 0.28 * line, name, fontsize=11, color="tab:blue", va="top")
+            right.text(0.08, 0.7 - 0.28 * line, textwrap.fill(text, 116), fontsize=10, family="monospace", va="top",
+                       parse_math=False)
         left.axis("off")
         right.axis("off")
-    figure.tight_layout(h_pad=1.5)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
-    pyplot.close(figure)
 
 
 def main():
@@ -566,10 +555,9 @@ def main():
     picture(args.output)
     print(f"sample problems: {args.output}")
     table = {name: measure(name, args.split, args.count) for name in NAMES}
-    print(f"{'':12}" + "".join(f"{name:>14}" for name in NAMES))
+    print(f"{'':16}" + "".join(f"{name:>14}" for name in NAMES))
     for key in table["toy"]:
-        print(f"{key:12}" + "".join(f"{row[key]:>14,.3f}" if key != "weights" else f"{row[key]:>14,}"
-                                    for row in table.values()))
+        print(f"{key:16}" + "".join(f"{row[key]:>14,.{0 if key == 'weights' else 3}f}" for row in table.values()))
 
 
 if __name__ == "__main__":

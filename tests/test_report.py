@@ -10,10 +10,13 @@ import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+import vepo
 from common import UserError
 from lab import report
 
@@ -215,7 +218,7 @@ class Reader(HTMLParser):
         self.tags.append(tag)
         self.attributes |= {name for name, _ in attrs}
         self.sources += [value for name, value in attrs if name in ("src", "href")]
-        self.open += [tag] if tag not in ("img", "meta") else []
+        self.open += [tag] if tag not in ("img", "input", "meta") else []
 
     def handle_endtag(self, tag):
         assert self.open.pop() == tag
@@ -232,6 +235,7 @@ def test_page_is_one_file_and_escapes_what_the_model_wrote(tmp_path):
     page = Reader(path.read_text("utf-8"))
     assert page.open == [] and "script" not in page.tags and page.tags.count("img") == 2
     assert page.attributes <= {"lang", "charset", "http-equiv", "content", "class", "alt", "src"}
+    assert "default-src 'none'" in path.read_text("utf-8")
     assert all(source.startswith("data:image/png;base64,") for source in page.sources)
     curves, picture = (Image.open(io.BytesIO(base64.b64decode(source.split(",")[1]))) for source in page.sources)
     assert curves.width == 1800 and picture.size == (448, 299) and picture.getpixel((9, 9)) == (255, 0, 0)
@@ -257,6 +261,257 @@ def test_page_of_a_run_without_samples_and_with_half_a_surrogate_pair(tmp_path):
     assert "Held-out accuracy: 25.0% to 50.0% by step 5" in text
     make_run(tmp_path, steps_of([1]), [sample(0, text="half \ud83d pair")])
     assert "half ? pair" in report.page(run).read_text("utf-8")
+
+
+# --- the tokens of the last step
+
+
+def answer_row(tokens, step=3, id="p0", **changes):
+    """A line of signals.jsonl, its values a function of the tokens."""
+    rng, n = np.random.default_rng(sum(map(ord, "".join(tokens)))), len(tokens)
+    values = dict(jsd=rng.random(n), delta_entropy=rng.random(n), entropy=3 * rng.random(n), score=rng.random(n),
+                  kept=1.0 * report.top_fifth(rng.random(n)))
+    row = dict(step=step, id=id, problem="How many?", tokens=list(tokens))
+    return row | {key: value.round(4).tolist() for key, value in values.items()} | changes
+
+
+def write_rows(folder, name, rows):
+    make_run(folder, steps_of([1, 2]))
+    (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def test_missed_by_entropy_is_the_share_counted_by_hand_and_picks_as_vepo_does():
+    rng = np.random.default_rng(0)
+    rows = [dict(jsd=rng.integers(0, 9, n).tolist(), entropy=rng.integers(0, 9, n).tolist())  # many ties
+            for n in (1, 2, 4, 5, 6, 15, 40)]
+    top = missed = 0
+    for row in rows:
+        n = len(row["jsd"])
+        jsd, entropy = ({i for i in range(n) if sum((values[j], -j) > (values[i], -i) for j in range(n)) * 5 < n}
+                        for values in (row["jsd"], row["entropy"]))
+        top, missed = top + len(jsd), missed + len(jsd - entropy)
+        picked = vepo.top_fraction(torch.tensor([row["jsd"]]).float(), torch.ones(1, n), 0.2)[0].bool()
+        assert report.top_fifth(row["jsd"]).tolist() == picked.tolist() == [i in jsd for i in range(n)]
+    assert 0 < missed < top and report.missed_by_entropy(rows) == missed / top
+
+
+def test_the_telling_tokens_look_most_or_hesitate_most_without_looking():
+    entropy, jsd = np.array([0.1, 3, 2, 0.2, 0, 1, 1, 1, 1, 1]), np.array([0.9, 0, 0.01, 0.8, 0.7, 0, 0, 0, 0, 0])
+    words = ["red", "so", "so", "red", "blue", "a", "a", "a", "a", "a"]
+    found = report.telling(entropy, jsd, words)
+    assert found[:2] == [0, 4] and {1, 5} < set(found) and 3 not in found
+
+
+def test_labels_neither_overlap_nor_leave_the_axis():
+    points = np.random.default_rng(0).random((60, 2)) ** 3
+    figure = report.Figure(figsize=(5, 3))
+    axis = figure.add_subplot()
+    axis.scatter(*points.T)
+    report.label_points(axis, points, {i: f"word {i}" for i in range(60)})
+    boxes = [text.get_window_extent() for text in axis.texts]
+    assert 5 < len(boxes) < 60 and not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
+    assert all((box.min >= axis.bbox.min).all() and (box.max <= axis.bbox.max).all() for box in boxes)
+
+
+@pytest.mark.parametrize("rows", [
+    [answer_row([HOSTILE])],
+    [answer_row(["a"] * 7, jsd=[0.0] * 7, delta_entropy=[0.0] * 7, entropy=[0.0] * 7, score=[0.0] * 7, kept=[1.0] * 7)],
+    [answer_row([" red", "\n", "", "  ", "\ud83d", "猫", "<|im_end|>", "$x^", "x" * 99]), answer_row(["b"], id="p1")],
+    [answer_row("abc", jsd=[float("nan")] * 3, entropy=[float("nan")] * 3), answer_row("abcd")],
+])
+@pytest.mark.filterwarnings("error")
+def test_signals_and_tokens_of_odd_answers(tmp_path, rows):
+    run = write_rows(tmp_path, "signals.jsonl", rows)
+    assert report.signals(run) == run / "signals.png" and report.tokens(run) == run / "tokens.html"
+    assert_png(run / "signals.png")
+    page = Reader((run / "tokens.html").read_text("utf-8"))
+    assert page.open == [] and page.tags.count("article") == len(rows)
+
+
+def test_the_title_of_signals_gives_the_missed_share_of_the_last_step(tmp_path, monkeypatch):
+    seen = []
+    frame = report.frame
+    monkeypatch.setattr(report, "frame", lambda *args: seen.append(args) or frame(*args))
+    last = answer_row("abcdefghij", jsd=list(range(10)), entropy=[0.0] * 8 + [1.0, 0.0])  # 9 missed, 8 found
+    report.signals(write_rows(tmp_path, "signals.jsonl", [answer_row("abcdefghij", step=2), last]))
+    assert seen[0][0].startswith("50.0% of the top-20% JSD tokens are not") and "step 3, 1 answers" in seen[0][1]
+
+
+def test_only_the_last_step_counts_and_no_answer_twice(tmp_path):
+    rows = [answer_row("old", step=2), answer_row("one"), answer_row("two"), answer_row("one", id="p1"),
+            answer_row("one", kept=[1.0] * 3), answer_row("")]
+    about, found = report.load_last(write_rows(tmp_path, "signals.jsonl", rows), "signals.jsonl", report.SIGNALS)
+    assert about == "grpo, model toy, seed 0; step 3"
+    assert [(row["id"], "".join(row["tokens"])) for row in found] == [("p0", "one"), ("p0", "two"), ("p1", "one")]
+    assert found[0]["kept"] == [1.0] * 3  # the later line
+    rows = [group_row(2, id=name, step=step) for name, step in (("a", 1), ("a", 2), ("b", 2), ("a", 2))]
+    found = report.load_last(write_rows(tmp_path, "clusters.jsonl", rows), "clusters.jsonl", report.CLUSTERS)[1]
+    assert [row["id"] for row in found] == ["a", "b"]
+
+
+def test_tokens_are_escaped_shaded_underlined_and_named(tmp_path):
+    row = answer_row([" red", HOSTILE, ".\n\n", "  ", ""], id=HOSTILE, problem=HOSTILE, jsd=[0.0, 0.1, 0.2, 0.3, 0.4],
+                     kept=[1.0, 0.0, 1.0, 0.0, 0.0])
+    make_run(write_rows(tmp_path, "signals.jsonl", [row]), steps_of([1]), model=HOSTILE)
+    text = report.tokens(tmp_path).read_text("utf-8")
+    page = Reader(text)
+    assert "script" not in page.tags and "img" not in page.tags and page.sources == []
+    assert page.attributes <= {"lang", "charset", "http-equiv", "content", "class", "style", "title", "type", "name",
+                               "id", "checked", "for"}
+    assert text.count("<script") == 0 and "default-src 'none'" in text and "script-src" not in text
+    assert text.count('<span class="kept" style=') == 2 and text.count("<span style=") == 3
+    assert [f"--jsd:{shade:.2f};" in text for shade in (0, 0.25, 0.5, 0.75, 1)] == [True] * 5
+    entropy, change, score = (f"{row[key][0]:.4g}" for key in ("entropy", "delta_entropy", "score"))
+    assert f'title="JSD 0 nats, Entropy {entropy} nats, |ΔH| {change} nats, Score {score}"> red</span>' in text
+    assert ">.↵↵</span>\n\n<" in text and ">␣␣</span>" in text and ">∅</span>" in text
+    assert HOSTILE.replace("\x00", "\\x00").replace("\u202e", "\\u202e") in page.texts
+    for key in report.SHADES:  # the buttons that choose the shade
+        assert f'id="{key}"' in text and f"#{key}:checked ~ article span {{ --shade: var(--{key}) }}" in text
+    assert text.count(" checked>") == 1
+
+
+def test_tokens_shows_sixteen_answers_pictured_problems_first_and_each_problem_once_before_twice(tmp_path):
+    rows = [answer_row([f"p{i}a{j}."], id=f"p{i}") for i in range(12) for j in range(2)]
+    pictures = {f"p{i}": Image.new("RGB", (28, 28) if i == 7 else (900, 600), "red") for i in (7, 9)}
+    page = Reader(report.tokens(write_rows(tmp_path, "signals.jsonl", rows), pictures).read_text("utf-8"))
+    order = [text for text in page.texts if text.endswith(".") and text[0] == "p"]
+    assert order[:4] == ["p7a0.", "p9a0.", "p7a1.", "p9a1."] and len(order) == 16
+    assert order[4:] == [f"p{i}a0." for i in (0, 1, 2, 3, 4, 5, 6, 8, 10, 11)] + ["p0a1.", "p1a1."]
+    sizes = [Image.open(io.BytesIO(base64.b64decode(source.split(",")[1]))).size for source in page.sources]
+    assert sizes == [(28, 28), (448, 299)] * 2
+    text = (tmp_path / "tokens.html").read_text("utf-8")
+    assert text.count('<img class="tiny"') == 2 and ".tiny { image-rendering: pixelated }" in text
+
+
+# --- the clusters of the last step
+
+
+def group_row(answers, id="p0", step=3, size=5, **changes):
+    """A line of clusters.jsonl: answers in two clusters, every third one right."""
+    e = np.random.default_rng(answers).normal(size=(answers, size))
+    e /= np.linalg.norm(e, axis=1, keepdims=True)
+    return dict(step=step, id=id, problem="How many?", embeddings=e.tolist(), labels=[i % 2 for i in range(answers)],
+                accuracy=[1.0 * (i % 3 == 0) for i in range(answers)],
+                texts=[f"<think>way {i}</think>\\boxed{{3}}" for i in range(answers)]) | changes
+
+
+def test_plane_is_numpys_principal_components():
+    e = np.random.default_rng(0).normal(size=(12, 5)) * [5, 1, 3, 0.1, 2]
+    points, share = report.plane(e.tolist())
+    values, vectors = np.linalg.eigh(np.cov(e.T))
+    expected = (e - e.mean(0)) @ vectors[:, [4, 3]]
+    np.testing.assert_allclose(np.abs(points), np.abs(expected), atol=1e-8)
+    np.testing.assert_allclose(points @ points.T, expected @ expected.T, atol=1e-7)
+    assert np.isclose(share, values[[4, 3]].sum() / values.sum())
+    assert (points.max(0) > -points.min(0)).all()  # signs do not depend on the machine
+    np.testing.assert_array_equal(report.plane((e + 7).tolist())[0].round(6), points.round(6))
+
+
+def test_plane_of_what_has_no_plane():
+    points, share = report.plane([[0.0, 0], [3, 4]])
+    np.testing.assert_allclose(np.abs(points), [[2.5, 0], [2.5, 0]])
+    assert share == 1 and report.plane([[1.0], [3.0], [2.0]])[0].shape == (3, 2)
+    points, share = report.plane([[0.1, 0.7, 0.3]] * 9)
+    assert share == 1 and not points.any() and report.plane([[0.6, 0.8]])[0].tolist() == [[0, 0]]
+
+
+def test_answers_in_one_place_stand_side_by_side_and_the_others_stay():
+    points = np.array([[0.0, 0], [1, 1], [0, 0], [0, 0]])
+    moved = report.side_by_side(points)
+    assert (moved[:2] == points[:2]).all() and len(np.unique(moved, axis=0)) == 4
+    assert np.abs(moved - points).max() < 0.1
+    assert len(np.unique(report.side_by_side(np.zeros((15, 2))), axis=0)) == 15
+
+
+def test_cosine_distances_by_brute_force():
+    rows, pairs = [group_row(7), group_row(4)], {True: [], False: []}
+    for row in rows:
+        for i, a in enumerate(row["embeddings"]):
+            for j, b in enumerate(row["embeddings"][:i]):
+                pairs[row["labels"][i] == row["labels"][j]].append(1 - np.dot(a, b))
+    different, same = np.mean(pairs[False]), np.mean(pairs[True])
+    assert report.cosine_distances(rows) == f"{different:.2f} in different clusters, {same:.2f} in the same cluster"
+    assert report.cosine_distances([group_row(2)]).endswith("in different clusters")
+    assert report.cosine_distances([group_row(3, labels=[0] * 3)]).endswith("in the same cluster")
+
+
+def test_a_cluster_speaks_by_its_most_central_answer():
+    texts = ["a", "x<think> b\nc </think>\\boxed{1}", "c", "<think>cut off", "d"]
+    row = dict(embeddings=[[0.0], [1], [2.5], [1.2], [9]], texts=texts)  # the first three have their mean at 1.17
+    assert report.central_reasoning(row, np.array([1, 1, 1, 0, 0], bool)) == " b\nc "
+    assert report.central_reasoning(row, np.array([0, 0, 1, 0, 0], bool)) == "c"
+    assert report.central_reasoning(row, np.array([0, 0, 0, 1, 0], bool)) == "cut off"
+    assert report.central_reasoning(row, np.array([1, 1, 0, 0, 0], bool)) == "a"  # not the one nearer to all answers
+
+
+@pytest.mark.parametrize("rows", [
+    [group_row(2)],
+    [group_row(15, id=name) for name in "abcdef"],
+    [group_row(4, embeddings=[[0.6, 0.8]] * 4, labels=[0] * 4)],
+    [group_row(12, labels=list(range(12)), texts=[HOSTILE] * 12, problem=HOSTILE * 5)],
+    [group_row(3, size=1, accuracy=[0.5, 0, 0.49])],
+])
+@pytest.mark.filterwarnings("error")
+def test_clusters_of_odd_groups(tmp_path, rows):
+    run = write_rows(tmp_path, "clusters.jsonl", rows)
+    assert report.clusters(run) == run / "clusters.png"
+    assert_png(run / "clusters.png")
+    report.clusters(run, {rows[0]["id"]: Image.new("L", (30, 90))})
+    assert_png(run / "clusters.png")
+
+
+def test_every_answer_has_its_mark_filled_if_right_in_the_colour_of_its_cluster():
+    row = group_row(9)
+    axis, key_axis = report.Figure().subplots(1, 2)
+    report.draw_clusters(row, axis, key_axis)
+    colours = [matplotlib.colors.to_rgba(colour) for colour in list(report.PALETTE.values())[:2]]
+    marks = [(mark.get_facecolor(), mark.get_edgecolor(), len(mark.get_offsets())) for mark in axis.collections]
+    white = (1, 1, 1, 1)
+    for (face, edge, count), (label, right) in zip(marks, [(0, 1), (0, 0), (1, 1), (1, 0)]):
+        assert tuple(edge[0]) == colours[label] and tuple(face[0]) == (colours[label] if right else white)
+        assert count == sum(a == right and b == label for a, b in zip(row["accuracy"], row["labels"]))
+    assert [text.get_text().split("\n")[0] for text in key_axis.texts] == ["2 of 5 right", "1 of 4 right"]
+    report.draw_clusters(group_row(2, embeddings=[[0.6, 0.8]] * 2), axis, key_axis)
+    assert axis.get_xlabel() == "all the same"
+    axis, key_axis = report.Figure().subplots(1, 2)
+    report.draw_clusters(group_row(12, labels=list(range(12))), axis, key_axis)  # more clusters than colours
+    assert len(key_axis.texts) == sum(len(mark.get_offsets()) for mark in axis.collections) == 12
+
+
+# --- the end of a run
+
+
+def test_finish_draws_what_it_finds_and_the_page_shows_it(tmp_path):
+    run = write_rows(tmp_path, "signals.jsonl", [answer_row("abcdef")])
+    (run / "clusters.jsonl").write_text("")  # logged, but nothing in it
+    assert report.finish(run) == run / "report.html"
+    page = Reader((run / "report.html").read_text("utf-8"))
+    assert page.open == [] and page.tags.count("img") == 2 and "tokens.html" in page.sources
+    assert not (run / "clusters.png").exists()
+    write_rows(tmp_path, "clusters.jsonl", [group_row(6)])
+    page = Reader(report.finish(run, {"p0": Image.new("RGB", (28, 28))}).read_text("utf-8"))
+    pictures = [source for source in page.sources if source != "tokens.html"]
+    assert [base64.b64decode(source.split(",")[1]) for source in pictures] == [
+        (run / name).read_bytes() for name in ("curves.png", "signals.png", "clusters.png")]
+    assert sorted(path.suffix for path in run.iterdir()) == [".html"] * 2 + [".json"] + [".jsonl"] * 3 + [".png"] * 3
+
+
+def test_finish_of_a_plain_run_is_its_page(tmp_path):
+    report.finish(make_run(tmp_path, steps_of([1, 2])))
+    written = {path.name for path in tmp_path.iterdir()}
+    assert written == {"args.json", "curves.png", "metrics.jsonl", "report.html"}
+
+
+def test_pictures_of_the_last_step_need_their_rows(tmp_path):
+    make_run(tmp_path, steps_of([1]))
+    for draw, name in ((report.signals, "signals"), (report.tokens, "signals"), (report.clusters, "clusters")):
+        with pytest.raises(UserError, match=f"{name}.jsonl: no such file"):
+            draw(tmp_path)
+        (tmp_path / f"{name}.jsonl").write_text("\n")
+        with pytest.raises(UserError, match=f"{name}.jsonl: nothing to draw"):
+            draw(tmp_path)
+        (tmp_path / f"{name}.jsonl").unlink()
 
 
 # --- the command line
@@ -295,7 +550,7 @@ def test_command_line_writes_the_page_of_one_run_and_the_overlay_of_several(tmp_
     runs = [str(make_run(tmp_path / name, steps_of([1, 2]), script=name)) for name in ("grpo", "vepo")]
     report.main([*runs, "--out", str(tmp_path / "both.png")])
     assert drawn[0][1] == str(tmp_path / "both.png") == capsys.readouterr().out.strip()
-    monkeypatch.setattr(report, "page", lambda folder: f"page of {folder}")
+    monkeypatch.setattr(report, "finish", lambda folder: f"page of {folder}")
     report.main(runs[:1])
     assert capsys.readouterr().out == f"page of {runs[0]}\n"
 
