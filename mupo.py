@@ -209,6 +209,16 @@ def cluster_metrics(run, embeddings_PGD, labels_PG, plain_PG, rewards_PG):
     )
 
 
+def cluster_rows(step, rollout, embeddings_PGD, labels_PG, accuracy_PG, most=4):
+    """Lines of clusters.jsonl, from which the end of a run draws clusters.png: the groups of a few problems."""
+    G, rows = len(labels_PG[0]), []
+    for p, problem in enumerate(rollout.prompts.problems[:most]):
+        rows.append(dict(
+            step=step, id=problem["id"], problem=problem["problem"], embeddings=embeddings_PGD[p].tolist(),
+            labels=labels_PG[p].tolist(), accuracy=accuracy_PG[p].tolist(), texts=rollout.texts[p * G:(p + 1) * G]))
+    return rows
+
+
 # --- the run ----------------------------------------------------------------------------------------------------------
 
 RECIPE = dict(
@@ -217,8 +227,8 @@ RECIPE = dict(
 )
 TOY = dict(
     embedder="ngrams", num_generations=15,
-    dataset="toy@train", eval_dataset="toy@test", prompts_per_step=64, updates_per_step=1, learning_rate=1e-4,
-    warmup_steps=15, max_steps=100, max_completion_length=64, micro_batch_size=64, train_vision=True,
+    dataset="toy@train", eval_dataset="toy@test", prompts_per_step=64, updates_per_step=4, learning_rate=2e-4,
+    warmup_steps=5, max_steps=60, max_completion_length=64, micro_batch_size=64, train_vision=True,
     gradient_checkpointing=False,
 )
 
@@ -334,12 +344,8 @@ def main(args):
             answers = args.prompts_per_step * args.num_generations
             run.state["beta"] = adapted_beta(run.state["beta"], metrics["kl"], args.kl_target, answers)
         if step == args.max_steps:
-            run.append(run.path("clusters.jsonl"), [
-                dict(step=step, id=problem["id"], problem=problem["problem"], embeddings=e_GD.tolist(),
-                     labels=labels_G.tolist(), accuracy=accuracy_G.tolist(),
-                     texts=rollout.texts[p * args.num_generations:(p + 1) * args.num_generations])
-                for p, (problem, e_GD, labels_G, accuracy_G) in enumerate(zip(
-                    rollout.prompts.problems, embeddings_PGD, labels_PG, accuracy_PG)) if p < 4])
+            rows = cluster_rows(step, rollout, embeddings_PGD, labels_PG, accuracy_PG)
+            run.append(run.path("clusters.jsonl"), rows)
         run.log(step, rollout, rewards_PG.flatten(), **metrics)
 
 

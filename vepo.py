@@ -183,8 +183,8 @@ RECIPE = dict(
     num_generations=12, prompts_per_step=512, updates_per_step=4, learning_rate=1e-6, max_completion_length=2048,
 )
 TOY = dict(
-    dataset="toy@train", eval_dataset="toy@test", prompts_per_step=64, updates_per_step=1, learning_rate=1e-4,
-    warmup_steps=15, max_steps=100, max_completion_length=64, micro_batch_size=64, train_vision=True,
+    dataset="toy@train", eval_dataset="toy@test", prompts_per_step=64, updates_per_step=4, learning_rate=2e-4,
+    warmup_steps=5, max_steps=60, max_completion_length=64, micro_batch_size=64, train_vision=True,
     gradient_checkpointing=False,
 )
 

@@ -47,8 +47,7 @@ import grpo
 import vepo
 from common import Rollout, encode, generator, micro_batches, read, sample, token_logps
 
-MICRO = 64  # answers in a forward pass, on both sides
-SHARES = (0.25, 0.5, 1, 2, 4)  # T/S of the curve
+MICRO, SHARES = 64, (0.25, 0.5, 1, 2, 4)  # answers in a forward pass on both sides; T/S of the curve
 VOCABULARY, LENGTH = 151_936, 512  # of the memory part
 NOWHERE = "runs/bench"  # what is measured writes nothing
 
@@ -179,18 +178,18 @@ def two_steps(script, args, wishes, **patches):
     taken = {}
 
     class Timed(common.Run):
-        began, say, open_folder, finish = 0.0, *[lambda self, *_: None] * 3
+        began, say, open_folder, append, finish = 0.0, *[lambda self, *_: None] * 4
 
         def log(self, step, rollout, *_, **metrics):
-            tokens, cpu = float(self.sum(rollout.mask_BT.sum())), time.process_time() - self.began
-            taken.update(dict(self.laps, cpu=cpu, tokens=tokens) if self.is_main else {})
+            cpu, tokens = time.process_time() - self.began, float(self.sum(rollout.mask_BT.sum()))
+            speeds = {name.replace("seconds", "tokens_per_second"): tokens / lap for name, lap in self.laps.items()}
+            taken.update(dict(speeds, cpu=cpu, tokens=tokens) if self.is_main else {})
             torch.set_num_threads(1)  # Run took all cores
             self.began = time.process_time()
 
     flags = common.parse_args(script.__name__, "", script.flags, script.RECIPE, {}, ["--model", args.model])
-    vars(flags).update(
-        max_steps=2, eval_dataset="none", prompts_per_step=args.problems, num_generations=args.num_generations,
-        max_completion_length=args.max_completion_length, output_dir=NOWHERE, **wishes)
+    vars(flags).update(wishes, max_steps=2, eval_dataset="none", prompts_per_step=args.problems, output_dir=NOWHERE,
+                       num_generations=args.num_generations, max_completion_length=args.max_completion_length)
     with mock.patch.multiple(script, Run=Timed, grade=even_length, **patches):
         script.main(flags)
     return taken
@@ -222,8 +221,7 @@ def bench_memory(args, policy, processor, problems):
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
     with torch.no_grad():
         read(vepo.look, rollout, large, common.Reading(large, other))
-    yield dict(case=f"V = {VOCABULARY:,}, T = {LENGTH}", sides="GB", wanted="<= 1.5",
-               ratio=memory_gb("VmHWM") - before)
+    yield dict(case=f"V = {VOCABULARY:,}", sides="GB", wanted="<= 1.5", ratio=memory_gb("VmHWM") - before)
 
 
 # --- TRL --------------------------------------------------------------------------------------------------------------
@@ -244,8 +242,7 @@ def trl_trainer(args, problems):
     rows = [dict(prompt=[dict(role="user", content=f"{problem['problem']}\n{common.INSTRUCTION}")],
                  images=problem["images"]) for problem in problems]
     trainer = trl.GRPOTrainer(
-        policy.requires_grad_(True),
-        lambda completions, **_: [even_length(None, answer[0]["content"]) for answer in completions],
+        policy.requires_grad_(True), lambda completions, **_: [even_length(None, c[0]["content"]) for c in completions],
         config, Dataset.from_list(rows), processing_class=processor)
     trainer.remove_callback(transformers.PrinterCallback)
     return trainer
@@ -299,13 +296,11 @@ SHAPES = {"tiny": (), "3B": (2048, 36, 16, 2, 11_008, 151_936), "7B": (3584, 28,
 def shape_config(shape, tokenizer):
     """Qwen2.5-VL-3B's or -7B's configuration; the ids of the special tokens are the tokenizer's."""
     hidden, layers, heads, kv_heads, inner, rows = SHAPES[shape]
-    text = dict(
-        hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=kv_heads,
-        intermediate_size=inner, vocab_size=rows, max_position_embeddings=128_000, rms_norm_eps=1e-6,
-        rope_parameters=dict(rope_type="default", rope_theta=1e6, mrope_section=[16, 24, 24]))
-    vision = dict(
-        depth=32, hidden_size=1280, intermediate_size=3420, num_heads=16, out_hidden_size=hidden, window_size=112,
-        fullatt_block_indexes=[7, 15, 23, 31], patch_size=14)
+    text = dict(hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=kv_heads,
+                intermediate_size=inner, vocab_size=rows, rope_parameters=dict(
+                    rope_type="default", rope_theta=1e6, mrope_section=[16, 24, 24]))
+    # The other defaults are Qwen's: 32 blocks, full attention in four of them, windows of 112, patches of 14 pixels.
+    vision = dict(hidden_size=1280, intermediate_size=3420, out_hidden_size=hidden)
     marks = ("image_pad", "video_pad", "vision_start", "vision_end")
     image, video, start, end = tokenizer.convert_tokens_to_ids([f"<|{mark}|>" for mark in marks])
     return Qwen2_5_VLConfig(
@@ -338,8 +333,7 @@ def bench_shape(args):
             step = two_steps(grpo, args, dict(updates_per_step=1, max_pixels=args.pixels, max_prompt_length=20_000),
                              load_problems=lambda name: [] if name == "none" else problems)
     peak = torch.cuda.max_memory_allocated() / 1e9 if args.device == "cuda" else memory_gb("VmHWM")
-    speed = {f"tokens_per_second_{name}": step["tokens"] / step[f"seconds_{name}"] for name in ("sample", "update") if step}
-    return speed and dict(speed, tokens=step["tokens"], peak_memory_gb=peak)
+    return step and dict(step, peak_memory_gb=peak)
 
 
 # --- the table --------------------------------------------------------------------------------------------------------
@@ -356,7 +350,8 @@ def parse(argv=None):
     parser.add_argument("--num_generations", type=int, default=8, help="G, answers to each")
     parser.add_argument("--max_completion_length", type=int, default=64, help="tokens of an answer")
     parser.add_argument("--shape", choices=SHAPES, help="measure grpo.py at this size instead, with random weights")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="of --shape; the parts are the CPU's")
+    parser.add_argument("--device", choices=("cpu", "cuda")[:1 + torch.cuda.is_available()], default="cpu",
+                        help="of --shape; the comparisons are the CPU's")
     parser.add_argument("--pixels", type=int, default=1_000_000, help="of --shape's pictures")
     parser.add_argument("--output", default="results/bench.json", help="where the numbers go")
     return parser.parse_args(argv)
@@ -373,8 +368,6 @@ def show(part, line):
 
 
 def main(args):
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise common.UserError("--device cuda: torch sees no GPU here; --shape tiny --device cpu shows what would run")
     os.environ["ACCELERATE_USE_CPU"] = str(args.device == "cpu")
     about = dict(vars(args), torch=torch.__version__, transformers=transformers.__version__)
     torch.set_num_threads(1)
