@@ -361,7 +361,7 @@ CHAT_TEMPLATE = """\
 # Rows of the vocabulary beyond the tokenizer's are padding, and differ between the two as between the 7B and the 72B.
 RECIPES = {
     "toy": dict(vocab_size=512, hidden=96, layers=4, heads=4, vision_hidden=64, vision_layers=2,
-                steps=230, problems_per_step=16, muon=7e-3, adam=2e-3, warmup=20, decay=0.3),
+                steps=240, problems_per_step=16, muon=7e-3, adam=2e-3, warmup=20, decay=0.3),
     "toy-teacher": dict(vocab_size=544, hidden=144, layers=4, heads=6, vision_hidden=64, vision_layers=2,
                         steps=600, problems_per_step=16, muon=5e-3, adam=1.5e-3, warmup=20, decay=0.5),
 }
@@ -440,7 +440,7 @@ def make_config(recipe, tokenizer):
     return Qwen2_5_VLConfig(
         text_config=text, vision_config=vision, tie_word_embeddings=True, image_token_id=image, video_token_id=video,
         vision_start_token_id=vision_start, vision_end_token_id=vision_end,
-        tabletop=True,  # stays in the config of whatever is trained from it, so that scripts know which defaults to take
+        tabletop=True,  # stays in the config of whatever is trained from it: scripts then take their TOY defaults
     )
 
 
