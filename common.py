@@ -45,7 +45,7 @@ INSTRUCTION = "Reason inside <think></think>, then put the final answer in \\box
 MAX_PIXELS = 1_000_000  # the hub's default is 12.8 megapixels, 16,384 tokens a picture
 MIN_PIXELS = 28 * 28  # one visual token: small pictures are not enlarged
 TOYS = ("toy", "toy-teacher")
-CHUNK = 1024  # positions that meet the head at a time: at V = 152k one chunk of fp32 logits is 0.6 GB
+LOGITS = 2**25  # fp32 logits that exist at a time, 0.13 GB: at V = 152k the head meets 220 positions at once
 
 
 class UserError(Exception):
@@ -498,7 +498,7 @@ class Policy(transformers.Qwen2_5_VLForConditionalGeneration):
         return logits_NV.index_fill(1, banned, -1e9)
 
     def reduce(self, fn, tokens_N, temperature, hidden_ND, *others):
-        """fn(*logits_NV, tokens_N) of every position, CHUNK positions at a time, recomputed in the backward pass.
+        """fn(*logits_NV, tokens_N) of every position, LOGITS at a time, recomputed in the backward pass.
 
         `others` are further readings of the same positions, as (policy, hidden_ND). So (B, T, V) never exists.
         """
@@ -509,7 +509,7 @@ class Policy(transformers.Qwen2_5_VLForConditionalGeneration):
             values = fn(*logits, tokens)
             return values if isinstance(values, tuple) else (values,)
 
-        parts = zip(*(x.split(CHUNK) for x in (tokens_N, hidden_ND, *(h for _, h in others))))
+        parts = zip(*(x.split(max(1, LOGITS // self.vocabulary)) for x in (tokens_N, hidden_ND, *(h for _, h in others))))
         results = [checkpoint(one_chunk, *part, use_reentrant=False) for part in parts]
         return tuple(torch.cat(column) for column in zip(*results))
 
@@ -532,7 +532,7 @@ def load_policy(name, run=None, train=False, args=None):
         raise UserError(f"--model {name} is a {config.model_type}; only Qwen2.5-VL (qwen2_5_vl) is read here")
     pictures.size = dict(shortest_edge=MIN_PIXELS, longest_edge=args.max_pixels if args else MAX_PIXELS)
     policy = load_shards(folder, config, run.device) if run and run.sharded else load_whole(folder)
-    policy.prepare(tokenizer).requires_grad_(train).eval()
+    policy.prepare(tokenizer).requires_grad_(train).train(train and args.gradient_checkpointing)
     policy.model.visual.requires_grad_(train and args.train_vision)
     if train and args.gradient_checkpointing:
         policy.activation_checkpointing_enable()

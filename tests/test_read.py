@@ -100,7 +100,7 @@ def test_gradient_against_finite_differences(policy, processor, problems):
 def test_chunks_do_not_change_the_result(policy, processor, problems, monkeypatch):
     rollout = draw(policy, processor, problems)
     whole = read(both, rollout, policy)
-    monkeypatch.setattr(common, "CHUNK", 7)
+    monkeypatch.setattr(common, "LOGITS", 7 * policy.vocabulary)
     for one, other in zip(whole, read(both, rollout, policy)):
         assert (one - other).abs().max() < 1e-5
 
@@ -151,6 +151,6 @@ def test_entropy_memory_is_a_chunks(policy, processor, problems, monkeypatch):
     """No tensor of the reading holds more than a chunk of logits: (B, T, V) never exists."""
     rollout = draw(policy, processor, problems)
     largest = []
-    monkeypatch.setattr(common, "CHUNK", 16)
+    monkeypatch.setattr(common, "LOGITS", 16 * policy.vocabulary)
     read(lambda logits_NV, tokens_N: largest.append(logits_NV.shape) or token_entropy(logits_NV), rollout, policy)
     assert max(rows for rows, _ in largest) == 16 and sum(rows for rows, _ in largest) == rollout.mask_BT.sum()

@@ -1,5 +1,7 @@
 """common.sample: against transformers' generate, against itself in other batches, and its traps."""
 
+import argparse
+
 import pytest
 import torch
 from transformers import GenerationConfig
@@ -195,6 +197,17 @@ def test_trap_checkpointing_and_cache(policy, processor, problems):
     read(token_logps, rollout, policy).sum().backward()
     for p, other in zip(policy.parameters(), checkpointed):
         assert torch.allclose(p.grad, other, rtol=1e-4, atol=1e-5 * float(p.grad.abs().max()))
+
+
+@pytest.mark.parametrize("wanted", [False, True])
+def test_gradient_checkpointing_is_on_when_asked_for(folder, problems, wanted):
+    """transformers recomputes in training mode only: with the flag a layer is run twice, forward and backward."""
+    asked = argparse.Namespace(gradient_checkpointing=wanted, train_vision=False, max_pixels=common.MAX_PIXELS)
+    policy, processor = common.load_policy(folder, train=True, args=asked)
+    rollout, runs = draw(policy, processor, problems), []
+    policy.model.language_model.layers[0].self_attn.register_forward_pre_hook(lambda *args: runs.append(1))
+    read(token_logps, rollout, policy).sum().backward()
+    assert len(runs) == 1 + wanted
 
 
 def test_trap_image_rows(policy, processor, problems):
