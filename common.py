@@ -509,8 +509,8 @@ class Policy(transformers.Qwen2_5_VLForConditionalGeneration):
             values = fn(*logits, tokens)
             return values if isinstance(values, tuple) else (values,)
 
-        parts = zip(*(x.split(max(1, LOGITS // self.vocabulary)) for x in (tokens_N, hidden_ND, *(h for _, h in others))))
-        results = [checkpoint(one_chunk, *part, use_reentrant=False) for part in parts]
+        inputs, size = (tokens_N, hidden_ND, *(h for _, h in others)), max(1, LOGITS // self.vocabulary)
+        results = [checkpoint(one_chunk, *part, use_reentrant=False) for part in zip(*(x.split(size) for x in inputs))]
         return tuple(torch.cat(column) for column in zip(*results))
 
 
@@ -532,7 +532,7 @@ def load_policy(name, run=None, train=False, args=None):
         raise UserError(f"--model {name} is a {config.model_type}; only Qwen2.5-VL (qwen2_5_vl) is read here")
     pictures.size = dict(shortest_edge=MIN_PIXELS, longest_edge=args.max_pixels if args else MAX_PIXELS)
     policy = load_shards(folder, config, run.device) if run and run.sharded else load_whole(folder)
-    policy.prepare(tokenizer).requires_grad_(train).train(train and args.gradient_checkpointing)
+    policy.prepare(tokenizer).requires_grad_(train).train(train and args.gradient_checkpointing)  # off in eval mode
     policy.model.visual.requires_grad_(train and args.train_vision)
     if train and args.gradient_checkpointing:
         policy.activation_checkpointing_enable()

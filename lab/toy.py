@@ -380,18 +380,18 @@ def build(name, seed=1, steps=None):
     recipe = RECIPES[name] | ({} if steps is None else {"steps": steps})
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cleanvl"
     place = cache / f"{name}-{_key(recipe, seed)}"
-    if not place.exists():
-        cache.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=cache, prefix=f".{place.name}-") as beside:
-            threads = torch.get_num_threads()
-            torch.set_num_threads(THREADS)
-            try:
-                _train(name, recipe, seed, Path(beside)).rename(place)
-            except OSError:  # another process was faster; its folder is the same
-                if not place.exists():
-                    raise
-            finally:
-                torch.set_num_threads(threads)
+    if place.exists():
+        return str(place)
+    cache.mkdir(parents=True, exist_ok=True)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(THREADS)
+    with tempfile.TemporaryDirectory(dir=cache, prefix=f".{place.name}-") as beside:
+        try:
+            _train(name, recipe, seed, Path(beside)).rename(place)
+        except OSError:  # another process was faster; its folder is the same
+            if not place.exists():
+                raise
+    torch.set_num_threads(threads)
     return str(place)
 
 
