@@ -539,7 +539,7 @@ def picture(path):
         right.text(1, 0.97, f"{problem['verifier']}   {problem['id']}", fontsize=10, color="0.5", va="top", ha="right")
         for line, (name, text) in enumerate(traces(problem).items()):
             right.text(0, 0.7 - 0.28 * line, name, fontsize=11, color="tab:blue", va="top")
-            right.text(0.08, 0.7 - 0.28 * line, textwrap.fill(text, 116), fontsize=10, family="monospace", va="top",
+            right.text(0.08, 0.7 - 0.28 * line, textwrap.fill(text, 106), fontsize=10, family="monospace", va="top",
                        parse_math=False)
         left.axis("off")
         right.axis("off")

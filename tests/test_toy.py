@@ -86,15 +86,37 @@ def test_traces_are_right_and_go_several_ways(split):
             assert common.grade(problem, text) == 1.0 and common.format_reward(problem, text) == 1.0
 
 
-def test_traces_name_what_is_there():
-    """The words of a trace by rows, read back, are the grid."""
-    for spec in specs("train", 80):
-        text = toy.traces(spec)["rows"].split(": ")[1].split(", so")[0].split("=")[0].split("<")[0]
-        words = [word.rstrip("0123456789") for word in text.replace(";", " ").split()]
-        named = [word for word in words if word in (*toy.COLOURS, *toy.SHAPES, "none")]
-        asked = [part for part, kind in enumerate((toy.COLOURS, toy.SHAPES)) if set(kind) & set(named)]
-        assert named == [word for row in spec.grid for cell in row
-                         for word in (["none"] if cell is None else [cell[part] for part in asked])]
+GRID = (  # red circle, nothing, blue star / green square, red circle, nothing / blue star, blue circle, nothing
+    (("red", "circle"), None, ("blue", "star")),
+    (("green", "square"), ("red", "circle"), None),
+    (("blue", "star"), ("blue", "circle"), None),
+)
+WORKED = {
+    ("digit", ("red", "circle")): (
+        "Across red circle: red circle1 none blue star; green square red circle2 none; blue star blue circle none =2",
+        "Down red circle: red circle1 green square blue star; none red circle2 blue circle; blue star none none =2",
+        "Mark red circle: red circle1 none no; no red circle2 none; no no none =2", "2"),
+    ("mcq", ("colour",)): (
+        "Across colour: red1 none blue1; green1 red2 none; blue2 blue3 none, so blue C",
+        "Down colour: red1 green1 blue1; none red2 blue2; blue3 none none, so blue C",
+        "Mark blue: no none blue1; no no none; blue2 blue3 none, so blue C", "C"),
+    ("math", (None, "circle")): (
+        "Across circle: circle1 none star; square circle2 none; star circle3 none =3/6=1/2",
+        "Down circle: circle1 square star; none circle2 circle3; star none none =3/6=1/2",
+        "Mark circle: circle1 none no; no circle2 none; no circle3 none =3/6=1/2", r"\frac{1}{2}"),
+    ("iou", (None, "star")): (
+        "Across star: circle none star c1; square circle none; star a3 circle none",
+        "Down star: circle square star a3; none circle circle; star c1 none none",
+        "Mark star: no none c1; no no none; a3 no none", "[0, 0, 84, 84]"),
+}
+
+
+@pytest.mark.parametrize("asked", WORKED)
+def test_traces_of_one_picture_in_full(asked):
+    *thoughts, gold = WORKED[asked]
+    spec = toy.Spec(GRID, *asked, "", 0)
+    assert toy.traces(spec) == {name: f"<think>{thought}</think>\\boxed{{{gold}}}"
+                                for name, thought in zip(("rows", "columns", "marks"), thoughts)}
 
 
 def test_style_of_other_texts():
@@ -121,6 +143,9 @@ def test_an_index_is_the_same_problem_whatever_the_count():
 
 def test_splits_are_disjoint():
     """No picture of one split is in another, as far as anything is trained on them."""
+    shares = [share for split in SPLITS for share in toy.SHARES[split]]
+    assert len(shares) == len(set(shares))  # a picture's share follows from the picture, a share belongs to one split
+    assert all(toy.share_of(spec.grid) in toy.SHARES[split] for split in SPLITS for spec in specs(split, 100))
     grids = {split: {spec.grid for spec in specs(split, count)}
              for split, count in (("pretrain", 4000), ("train", 4096), ("test", 256), ("ood", 256))}
     for one in SPLITS:
