@@ -122,7 +122,7 @@ SCORES = dict(
 
 def top_fraction(score_BT, mask_BT, fraction):
     """Eq. (4): (B, T) → (B, T) of 0/1. Exactly ⌈fraction·n⌉ of an answer's n tokens; of equal scores the earlier."""
-    exact = Fraction(str(fraction))  # in floats, 0.2·15 is above 3, and 4 would be kept
+    exact = Fraction(str(fraction))  # in floats 0.28·25 is above 7, and 8 would be kept
     kept_B1 = torch.tensor([[ceil(exact * int(n))] for n in mask_BT.sum(1)], device=mask_BT.device)
     order_BT = score_BT.masked_fill(mask_BT == 0, -torch.inf).argsort(dim=1, descending=True, stable=True)
     rank_BT = order_BT.argsort(dim=1)

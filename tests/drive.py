@@ -35,6 +35,13 @@ class Run(common.Run):
             torch.save(grads, self.path(f"grad-{self.updates}.pt"))
         return super().optimizer_step()
 
+    def plan(self, rollout, live_B):
+        updates = super().plan(rollout, live_B)
+        spare = self.gather(sum(alive == 0 for update in updates for _, alive in update))
+        if self.is_main:
+            common.write_atomically(self.path("spare.json"), json.dumps(spare))
+        return updates
+
     def log(self, step, rollout, *args, **kwargs):
         ours = [(problem["id"], text) for problem, text in zip(rollout.problems, rollout.texts)]
         everyones = [row for rows in self.gather(ours) for row in rows]

@@ -63,6 +63,14 @@ def test_trap_sharded_generate(folder, tmp_path, alone):
     assert_same_run(alone, drive(folder, tmp_path / "two", *flags, processes=2))
 
 
+def test_processes_with_fewer_passes_repeat_one_that_weighs_nothing(folder, tmp_path):
+    """Groups without advantage are not read, so that two processes need different numbers of passes."""
+    flags = "--updates_per_step", 1, "--micro_batch_size", 3, "--max_steps", 1
+    one, two = (drive(folder, tmp_path / f"{n}", *flags, processes=n) for n in (1, 2))
+    assert max(json.loads((two / "spare.json").read_text())) > 0 == json.loads((one / "spare.json").read_text())[0]
+    assert_same_run(one, two, gradients=1)
+
+
 def test_trap_unwrapped_forward(folder, tmp_path, alone):
     """One answer to a pass or all in one: the same run; so is a group in one packed row or in three."""
     for size in (1, 100):
@@ -89,3 +97,13 @@ def test_killed_and_resumed_to_the_same_numbers(folder, tmp_path, whole, moment)
     one, other = ((place / "model.safetensors").read_bytes() for place in (whole, tmp_path / "killed"))
     assert one == other
     assert not list((tmp_path / "killed").glob("checkpoint*"))
+
+
+def test_an_all_masked_batch_gives_zero(folder, tmp_path):
+    """Every answer cut off and --mask_truncated: both sums of the loss are empty, and nothing is NaN."""
+    place = drive(folder, tmp_path / "run", "--max_completion_length", 1, "--mask_truncated", "--updates_per_step", 1,
+                  "--eval_dataset", "none", "--weight_decay", 0)
+    for line in metrics(place):
+        assert line["truncated"] == 1 and line["loss"] == 0 and line["grad_norm"] == 0
+    before, after = (common.load_policy(str(path))[0].state_dict() for path in (folder, place))
+    assert all(torch.equal(before[name], after[name]) for name in before)

@@ -86,7 +86,7 @@ def test_ablations_are_what_they_are_called(select, expected):
     assert torch.allclose(vepo.vision_entropy_score(*signals, MASK, 0.7, select), expected(*normal))
 
 
-@pytest.mark.parametrize("fraction", [0.2, 0.1, 0.3, 0.5, 1.0, 0.7, 0.01])
+@pytest.mark.parametrize("fraction", [0.2, 0.28, 0.07, 0.5, 1.0, 0.7, 0.01])
 def test_top_fraction_against_brute_force(fraction):
     generator = torch.Generator().manual_seed(3)
     for n in list(range(1, 41)) + [100, 300]:
@@ -95,7 +95,7 @@ def test_top_fraction_against_brute_force(fraction):
         score_BT[0, n:] = 9.0  # beyond the answer, and must not count
         kept = vepo.top_fraction(score_BT, mask_BT, fraction)[0]
         order = sorted(range(n), key=lambda t: (-float(score_BT[0, t]), t))
-        count = -int(-Fraction(str(fraction)) * n // 1)  # ⌈fraction·n⌉ in exact arithmetic: 0.2·15 is 3, not 4
+        count = -int(-Fraction(str(fraction)) * n // 1)  # ⌈fraction·n⌉ in exact arithmetic: 0.28·25 is 7, not 8
         assert kept.nonzero()[:, 0].tolist() == sorted(order[:count]) and 1 <= count
 
 
@@ -160,6 +160,18 @@ def test_a_run_keeps_the_share_it_says(folder, tmp_path):
     for line in metrics(place)[1:]:
         assert 0.5 <= line["kept_fraction"] < 0.56 and 0 <= line["missed_by_entropy"] <= 1 and line["jsd"] > 0
     assert (place / "signals.jsonl").exists()
+
+
+def test_only_the_kept_tokens_carry_the_gradient(folder, tmp_path):
+    """Keeping everything is grpo.py; keeping a fifth is another gradient, of about √5 the size, not a fifth of it."""
+    grpo = drive(folder, tmp_path / "grpo", "--updates_per_step", 1, "--max_steps", 1)
+    runs = {keep: drive(folder, tmp_path / str(keep), "--updates_per_step", 1, "--max_steps", 1, "--keep", keep,
+                        "--select", "random", script="vepo") for keep in (0.2, 1.0)}
+    plain, fifth, whole = (torch.cat([g.flatten() for g in torch.load(place / "grad-1.pt").values()])
+                           for place in (grpo, runs[0.2], runs[1.0]))
+    assert torch.equal(whole, plain)
+    assert torch.nn.functional.cosine_similarity(fifth, plain, dim=0) < 0.9
+    assert 1.2 * plain.norm() < fifth.norm() < 5 * plain.norm()
 
 
 @pytest.mark.slow
