@@ -34,6 +34,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import transformers
 from accelerate import Accelerator, init_empty_weights
+from safetensors import SafetensorError
 from torch.distributed.checkpoint import state_dict as states
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
@@ -90,8 +91,8 @@ ROLLOUT_FLAGS = dict(
 )
 WORLD_CHOICES = dict(lr_scheduler_type=("constant", "cosine"))
 MAY_BE_ZERO = {"seed", "eval_steps", "warmup_steps", "num_train_epochs", "early_stop", "held_out_traces"}
-# --resume refuses to change any flag but these: the others would change the numbers.
-FREE_ON_RESUME = {"resume", "output_dir", "report_to", "save_steps", "sample_batch_size"}
+# --resume refuses to change any flag but these, which change no number beyond rounding.
+FREE_ON_RESUME = {"resume", "output_dir", "report_to", "save_steps", "sample_batch_size", "micro_batch_size"}
 
 
 class Parser(argparse.ArgumentParser):
@@ -121,8 +122,8 @@ def parse_args(script, doc, flags, recipe, toy, argv=None, tables=(MODEL_FLAGS, 
     for name, value in vars(args).items():
         if type(value) is int and value < (name not in MAY_BE_ZERO):
             parser.error(f"--{name} is {value}; it must be at least {int(name not in MAY_BE_ZERO)}")
-    if args.temperature <= 0 and TRAIN_FLAGS in tables:
-        parser.error(f"--temperature is {args.temperature}; training samples, so it must be above 0")
+    if not args.temperature >= 0 or (args.temperature == 0 and TRAIN_FLAGS in tables):
+        parser.error(f"--temperature is {args.temperature}; it must be above 0 (0, greedy, only in eval_passk.py)")
     args.script = script
     args.output_dir = args.output_dir or f"runs/{script}-{Path(args.model.split(',')[0]).name}-{args.seed}"
     return args
@@ -132,7 +133,7 @@ def is_toy(model):
     """Whether the (first) model of `model` is of the tabletop: by name, or a folder trained from one, by its config."""
     name = model.split(",")[0]
     config = Path(name, "config.json")
-    return json.loads(config.read_text()).get("tabletop", False) if config.is_file() else name in TOYS
+    return '"tabletop": true' in config.read_text() if config.is_file() else name in TOYS
 
 
 def launch(script, main, *args, **kwargs):
@@ -167,16 +168,17 @@ class Run:
         check_place(self.folder)
         if os.path.exists(self.path("metrics.jsonl")) and not args.resume:
             raise UserError(f"{self.folder} already holds a run: go on with --resume, or name another --output_dir")
-        trackers = None if args.report_to == "none" else args.report_to.split(",")
+        names = None if args.report_to == "none" else args.report_to.split(",")
         try:
-            self.accelerator = Accelerator(log_with=trackers, project_dir=self.folder)
+            self.accelerator = Accelerator(cpu=not torch.cuda.is_available(), log_with=names, project_dir=self.folder)
         except ValueError as error:
             raise UserError(f"--report_to {args.report_to}: {' '.join(str(error).split())}") from None
         self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
         self.device, self.is_main = self.accelerator.device, self.accelerator.is_main_process
-        if self.device.type == "cpu":  # accelerate launch sets OMP_NUM_THREADS=1: a lone process takes its cores back
+        # accelerate launch sets OMP_NUM_THREADS=1: a lone process takes its cores back (only Linux can tell which)
+        if self.device.type == "cpu" and sys.platform == "linux":
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // self.world))
-        elif not dist.is_initialized():  # one GPU: fully_shard wants a process group, be it of one
+        elif self.device.type == "cuda" and not dist.is_initialized():  # fully_shard wants a group, be it of one
             dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1)
         share = self.world * args.updates_per_step
         if vars(args).get("prompts_per_step", share) % share:
@@ -371,9 +373,8 @@ class Run:
             self.policy, self.processor, mine or self.held_out[:1], args.num_generations_eval, seed=(args.seed, "eval"),
             max_completion_length=args.max_completion_length, sample_batch_size=args.sample_batch_size)
         right = [is_right(problem, text) for problem, text in zip(rollout.problems, rollout.texts)]
-        per_problem = np.array(right, dtype=float).reshape(-1, args.num_generations_eval).mean(1)[:len(mine)]
-        mean, low, high = bootstrap(np.concatenate(self.gather(per_problem)))
-        return dict(eval_accuracy=mean, eval_low=low, eval_high=high)
+        accuracy_P = np.array(right, dtype=float).reshape(-1, args.num_generations_eval).mean(1)[:len(mine)]
+        return dict(zip(("eval_accuracy", "eval_low", "eval_high"), bootstrap(np.concatenate(self.gather(accuracy_P)))))
 
     # --- checkpoints: the same numbers after a kill at any moment ---
 
@@ -524,14 +525,14 @@ def load_policy(name, run=None, train=False, args=None):
     folder = find_model(name, run)
     try:
         config = AutoConfig.from_pretrained(folder)
+        if config.model_type != "qwen2_5_vl":
+            raise UserError(f"--model {name} is a {config.model_type}; only Qwen2.5-VL (qwen2_5_vl) is read here")
         tokenizer, pictures = AutoTokenizer.from_pretrained(folder), AutoImageProcessor.from_pretrained(folder)
-    except (OSError, ValueError) as error:
+        policy = load_shards(folder, config, run.device) if run and run.sharded else load_whole(folder)
+    except (OSError, ValueError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:120]
         raise UserError(f"--model {name} is no folder or name of a model that can be loaded: {reason}") from None
-    if config.model_type != "qwen2_5_vl":
-        raise UserError(f"--model {name} is a {config.model_type}; only Qwen2.5-VL (qwen2_5_vl) is read here")
     pictures.size = dict(shortest_edge=MIN_PIXELS, longest_edge=args.max_pixels if args else MAX_PIXELS)
-    policy = load_shards(folder, config, run.device) if run and run.sharded else load_whole(folder)
     policy.prepare(tokenizer).requires_grad_(train).train(train and args.gradient_checkpointing)  # off in eval mode
     policy.model.visual.requires_grad_(train and args.train_vision)
     if train and args.gradient_checkpointing:
@@ -687,6 +688,7 @@ def check_prompts(processor, problems, args):
         sizes = [(picture.height, picture.width) for picture in problem["images"]]
         pictures = sum(tool.get_number_of_image_patches(*size, {}) for size in sizes) // tool.merge_size**2
         lengths.append(len(processor.tokenizer(chat(processor, problem)).input_ids) - len(sizes) + pictures)
+        grade(problem, "")  # an open_ended problem, for which no script has a judge, is met here and not at step 40
         scaled += sum(height * width > args.max_pixels for height, width in sizes)
         kinds[problem["verifier"]] += 1
         if lengths[-1] > args.max_prompt_length:
@@ -723,7 +725,7 @@ class Rollout:
     def __getitem__(self, index_b):
         rows = [self.group_B, self.tokens_BT, self.mask_BT, self.logp_BT, self.entropy_BT, self.finished_B]
         texts = [self.texts[b] for b in index_b.tolist()]
-        return Rollout(self.prompts, self.temperature, *(x[index_b] for x in rows), texts)
+        return Rollout(self.prompts, self.temperature, *(x[index_b.to(x.device)] for x in rows), texts)
 
     @property
     def problems(self):
@@ -771,7 +773,7 @@ def sample(policy, processor, problems, num_generations, *, seed, max_completion
 def decode(policy, out, members, slots, G, seed, greedy):
     """Decodes answers `slots` of the groups `members` into `out`: prefill, repeat the cache, drop finished rows."""
     device, T, ids = policy.device, out.tokens_BT.shape[1], out.prompts.problems
-    hidden_BD, cache, mask_BS, next_B = prefill(policy, out.prompts, members, len(slots))
+    hidden_BD, mask_BS, next_B, cache = prefill(policy, out.prompts, members, len(slots))
     rows = torch.tensor([p * G + g for p in members for g in slots], device=device)
     uniform_BT = torch.stack([torch.rand(T, generator=generator(*seed, ids[p]["id"], "sample", g), dtype=torch.float64)
                               for p in members for g in slots]).to(device)
@@ -810,9 +812,8 @@ def prefill(policy, prompts, members, repeats):
     pixels, grids = (torch.cat([x[p] for p in members]).to(device) for x in (prompts.pixels, prompts.grids))
     hidden = policy.body(ids.to(device), positions.to(device), mask.to(device), pixels, grids, cache)[:, -1]
     cache.batch_repeat_interleave(repeats)
-    repeated = (x.to(device).repeat_interleave(repeats, 0) for x in (hidden, mask, torch.tensor(first)))
-    hidden_BD, mask_BS, first_B = repeated
-    return hidden_BD, cache, mask_BS, first_B
+    every = (x.to(device).repeat_interleave(repeats, 0) for x in (hidden, mask, torch.tensor(first)))
+    return *every, cache
 
 
 def inverse_cdf(probs_BV, uniform_B):

@@ -25,7 +25,7 @@ import numpy as np
 from tqdm import tqdm
 
 from common import (
-    MODEL_FLAGS, Run, UserError, bootstrap, final_answer, format_reward, is_right, launch, load_policy,
+    MODEL_FLAGS, Run, UserError, bootstrap, check_prompts, final_answer, format_reward, is_right, launch, load_policy,
     load_problems, sample, write_atomically,
 )
 
@@ -93,6 +93,8 @@ def answer_all(run, model, name, problems, path, rows):
     done = {row["id"] for row in rows}
     left = [problem for problem in problems if problem["id"] not in done]
     policy, processor = load_policy(model, run) if left else (None, None)
+    if left:
+        check_prompts(processor, left, args)
     settings = dict(max_completion_length=args.max_completion_length, sample_batch_size=args.sample_batch_size)
     share = max(1, args.sample_batch_size // args.num_samples) * run.world
     for start in tqdm(range(0, len(left), share), desc=f"{model} on {name}", disable=not run.is_main):

@@ -25,7 +25,8 @@ metric only_diversity_clusters is the share of such clusters.
 Shapes: P problems, G answers to each, B = P·G answers, T tokens of the longest, D size of an embedding.
 
     python mupo.py                                                              a laptop, minutes
-    accelerate launch mupo.py --model Qwen/Qwen2.5-VL-7B-Instruct               the paper's size, several GPUs
+    accelerate launch mupo.py --model Qwen/Qwen2.5-VL-7B-Instruct --dataset ViRL39K/FILE.parquet
+                                                  the paper's size, several GPUs; a local copy, its pictures unpacked
 
 A healthy run: as grpo.py's, but diversity falls less; smallest_cluster never falls below G_min.
 """
@@ -47,7 +48,7 @@ from common import (
 
 
 def group_advantages(rewards_PG):
-    """(P, G) → (P, G). Eq. (1); exactly 0 where a group's rewards are all equal, whatever fp32 makes of their std."""
+    """(P, G) → (P, G). GRPO's eq. (1); exactly 0 where a group's rewards are equal, whatever fp32 says of their std."""
     centred_PG = rewards_PG - rewards_PG.mean(1, keepdim=True)
     advantages_PG = centred_PG / (rewards_PG.std(1, keepdim=True) + 1e-6)
     equal_P1 = rewards_PG.amax(1, keepdim=True) == rewards_PG.amin(1, keepdim=True)
@@ -55,14 +56,14 @@ def group_advantages(rewards_PG):
 
 
 def policy_loss(logp_BT, old_logp_BT, advantage_BT, epsilon, epsilon_high):
-    """(B, T) → (B, T), per token and unreduced. Eq. (2) and (3)."""
+    """(B, T) → (B, T), per token and unreduced. GRPO's eq. (2) and (3)."""
     ratio_BT = torch.exp(logp_BT - old_logp_BT)
     clipped_BT = ratio_BT.clamp(1 - epsilon, 1 + epsilon_high)
     return -torch.minimum(ratio_BT * advantage_BT, clipped_BT * advantage_BT)
 
 
 def is_clipped(logp_BT, old_logp_BT, advantage_BT, epsilon, epsilon_high):
-    """(B, T) of 0/1: where the clip of eq. (3) takes the gradient away."""
+    """(B, T) of 0/1: where the clip of GRPO's eq. (3) takes the gradient away."""
     ratio_BT = torch.exp(logp_BT - old_logp_BT)
     too_good, too_bad = ratio_BT > 1 + epsilon_high, ratio_BT < 1 - epsilon
     return ((too_good & (advantage_BT > 0)) | (too_bad & (advantage_BT < 0))).float()
@@ -74,7 +75,7 @@ def token_weights(mask_BT, average):
 
 
 def k3(logp_BT, ref_logp_BT):
-    """(B, T) → (B, T). Eq. (5): never negative, 0 where the policies agree, unbiased for KL(π_θ‖π_ref)."""
+    """(B, T) → (B, T). GRPO's eq. (5): never negative, 0 where the policies agree, unbiased for KL(π_θ‖π_ref)."""
     d_BT = ref_logp_BT - logp_BT
     return torch.exp(d_BT) - d_BT - 1
 
@@ -199,7 +200,7 @@ def cluster_metrics(run, embeddings_PGD, labels_PG, plain_PG, rewards_PG):
     G = len(labels_PG[0])
     apart_P = torch.stack([(1 - e_GD @ e_GD.T).sum() / (G * (G - 1)) for e_GD in embeddings_PGD])
     sizes_P = [labels_G.bincount().float() for labels_G in labels_PG]
-    only = [float(plain_G[labels_G == k].std() == 0 < rewards_G[labels_G == k].std())
+    only = [float(len(plain_G[labels_G == k].unique()) == 1 < len(rewards_G[labels_G == k].unique()))
             for plain_G, rewards_G, labels_G in zip(plain_PG.cpu(), rewards_PG.cpu(), labels_PG)
             for k in labels_G.unique() if (labels_G == k).sum() > 1]
     return dict(
@@ -236,7 +237,7 @@ TOY = dict(
 def flags(parser):
     parser.add_argument("--epsilon", type=float, default=0.2, help="ε_low, how far the ratio may fall")
     parser.add_argument("--epsilon_high", type=float, default=0.2, help="ε_high, how far the ratio may rise")
-    parser.add_argument("--average", choices=("token", "answer"), default="token", help="what counts the same in (4)")
+    parser.add_argument("--average", choices=("token", "answer"), default="token", help="what counts the same")
     parser.add_argument("--beta", type=float, default=0.0, help="β, weight of the KL to the starting model")
     parser.add_argument("--kl_target", type=float, default=0.0, help="adapt β towards this KL (0: β stays)")
     parser.add_argument("--clusters", type=int, default=3, help="K, clusters that a group is split into")
@@ -245,11 +246,11 @@ def flags(parser):
     parser.add_argument("--diversity_weight", type=float, default=0.4, help="λ_max, at the first step")
     parser.add_argument("--min_diversity_weight", type=float, default=0.1, help="λ_min, at the last step")
     parser.add_argument("--embedder", default="Qwen/Qwen3-Embedding-0.6B", help="a sentence-embedding model, or ngrams")
-    parser.add_argument("--mask_truncated", action="store_true", help="leave answers that hit the limit out of (4)")
+    parser.add_argument("--mask_truncated", action="store_true", help="cut answers leave the loss (not the KL)")
 
 
 def update(run, policy, rollout, plan, advantage_BT, weight_BT, old_logp_BT, ref_logp_BT):
-    """The optimiser updates of one rollout, eq. (2) to (5); returns their metrics, averaged over the updates.
+    """The optimiser updates of one rollout, GRPO's eq. (2) to (5); returns their metrics, averaged over the updates.
 
     old_logp_BT is None when there is one update only: then π_old is the policy being read, ρ is 1 and the gradient is
     REINFORCE's. ref_logp_BT is None without a reference.
@@ -257,7 +258,7 @@ def update(run, policy, rollout, plan, advantage_BT, weight_BT, old_logp_BT, ref
     args, mask_BT, updates = run.args, rollout.mask_BT, len(plan)
     totals = dict(loss=0.0, kl=0.0, clip_fraction=0.0, grad_norm=0.0, gap=0.0, read=0.0)
     for passes, weight_of, mask_of in zip(plan, weight_BT.chunk(updates), mask_BT.chunk(updates)):
-        # Both normalisers of (4) are whole before the first pass: all micro-batches, all processes.
+        # Both normalisers of the loss are whole before the first pass: all micro-batches, all processes.
         weights, tokens = run.sum(weight_of.sum()).clamp_min(1e-6), run.sum(mask_of.sum())
         for batch, alive in passes:
             mask_bT, weight_bT = alive * mask_BT[batch], alive * weight_BT[batch]
@@ -269,7 +270,7 @@ def update(run, policy, rollout, plan, advantage_BT, weight_BT, old_logp_BT, ref
                 kl = (k3(logp_bT, ref_logp_BT[batch]) * mask_bT).sum() / tokens
                 loss = loss + run.state["beta"] * kl
                 totals["kl"] += kl.detach() / updates
-            (loss * run.world).backward()  # sharded gradients are averaged over the processes, but (4) is a sum
+            (loss * run.world).backward()  # sharded gradients are averaged over the processes, but the loss is a sum
             totals["loss"] += loss.detach() / updates
             totals["clip_fraction"] += (is_clipped(*terms) * weight_bT).sum() / weights / updates
             totals["gap"] += ((old_logp_bT - rollout.logp_BT[batch]).abs() * mask_bT).sum()

@@ -17,7 +17,9 @@ fallen that many evaluations in a row. The weights are then those of the last st
 Shapes: B traces, T tokens of the longest.
 
     python sft.py                                                                         a laptop, a minute
-    accelerate launch sft.py --model Qwen/Qwen2.5-VL-7B-Instruct --teacher Qwen/Qwen2.5-VL-72B-Instruct
+    accelerate launch sft.py --model Qwen/Qwen2.5-VL-7B-Instruct --teacher Qwen/Qwen2.5-VL-32B-Instruct
+
+While it samples, a teacher stands whole on every GPU (bf16, 2 bytes a weight, beside its fp32 shard).
 
 A healthy run: loss and eval_loss fall together; where eval_loss turns up, over-training begins.
 """
@@ -74,7 +76,7 @@ TOY = dict(
 def flags(parser):
     parser.add_argument("--teacher", default="none", help="whose verified answers are the traces (none: the data's)")
     parser.add_argument("--teacher_samples", type=int, default=4, help="answers the teacher samples to each problem")
-    parser.add_argument("--traces", default="", help="file of the teacher's answers (default: runs/traces-HASH.jsonl)")
+    parser.add_argument("--traces", default="", help="file that keeps the teacher's answers (default: by settings)")
     parser.add_argument("--num_train_epochs", type=int, default=0, help="train for whole epochs (0: --max_steps)")
     parser.add_argument("--early_stop", type=int, default=0, help="stop after so many evaluations without a lower loss")
     parser.add_argument("--held_out_traces", type=int, default=64, help="traces kept for eval_loss")
@@ -87,7 +89,8 @@ def teacher_traces(run, problems):
     All answers are kept in a file, a line each; a stopped sampling goes on behind the last whole problem.
     """
     args = run.args
-    asked = [args.teacher, args.dataset, args.teacher_samples, args.temperature, args.max_completion_length, args.seed]
+    asked = [args.teacher, args.dataset, args.teacher_samples, args.temperature, args.max_completion_length, args.seed,
+             args.max_pixels]
     path = args.traces or f"runs/traces-{hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:12]}.jsonl"
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     rows = run.read_lines(path)
@@ -115,6 +118,8 @@ def teacher_traces(run, problems):
 
 def main(args):
     run = Run(args)
+    if 0 < args.held_out_traces < run.world:
+        raise UserError(f"--held_out_traces {args.held_out_traces}: give 0, or one to each of {run.world} processes")
     problems, held_out = load_problems(args.dataset), load_problems(args.eval_dataset)
     examples = problems if args.teacher == "none" else teacher_traces(run, problems)
     without = [problem["id"] for problem in examples if not problem.get("trace")]

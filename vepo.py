@@ -46,7 +46,7 @@ from common import (
 
 
 def group_advantages(rewards_PG):
-    """(P, G) → (P, G). Eq. (1); exactly 0 where a group's rewards are all equal, whatever fp32 makes of their std."""
+    """(P, G) → (P, G). GRPO's eq. (1); exactly 0 where a group's rewards are equal, whatever fp32 says of their std."""
     centred_PG = rewards_PG - rewards_PG.mean(1, keepdim=True)
     advantages_PG = centred_PG / (rewards_PG.std(1, keepdim=True) + 1e-6)
     equal_P1 = rewards_PG.amax(1, keepdim=True) == rewards_PG.amin(1, keepdim=True)
@@ -54,14 +54,14 @@ def group_advantages(rewards_PG):
 
 
 def policy_loss(logp_BT, old_logp_BT, advantage_BT, epsilon, epsilon_high):
-    """(B, T) → (B, T), per token and unreduced. Eq. (2) and (3)."""
+    """(B, T) → (B, T), per token and unreduced. GRPO's eq. (2) and (3)."""
     ratio_BT = torch.exp(logp_BT - old_logp_BT)
     clipped_BT = ratio_BT.clamp(1 - epsilon, 1 + epsilon_high)
     return -torch.minimum(ratio_BT * advantage_BT, clipped_BT * advantage_BT)
 
 
 def is_clipped(logp_BT, old_logp_BT, advantage_BT, epsilon, epsilon_high):
-    """(B, T) of 0/1: where the clip of eq. (3) takes the gradient away."""
+    """(B, T) of 0/1: where the clip of GRPO's eq. (3) takes the gradient away."""
     ratio_BT = torch.exp(logp_BT - old_logp_BT)
     too_good, too_bad = ratio_BT > 1 + epsilon_high, ratio_BT < 1 - epsilon
     return ((too_good & (advantage_BT > 0)) | (too_bad & (advantage_BT < 0))).float()
@@ -73,7 +73,7 @@ def token_weights(mask_BT, average):
 
 
 def k3(logp_BT, ref_logp_BT):
-    """(B, T) → (B, T). Eq. (5): never negative, 0 where the policies agree, unbiased for KL(π_θ‖π_ref)."""
+    """(B, T) → (B, T). GRPO's eq. (5): never negative, 0 where the policies agree, unbiased for KL(π_θ‖π_ref)."""
     d_BT = ref_logp_BT - logp_BT
     return torch.exp(d_BT) - d_BT - 1
 
@@ -161,10 +161,10 @@ def diagnostics(run, signals, kept_BT, mask_BT):
     )
 
 
-def signal_rows(step, processor, rollout, signals):
+def signal_rows(step, processor, rollout, signals, live_B):
     """Lines of signals.jsonl, from which the end of a run draws signals.png and tokens.html: some answers, by token."""
     rows = []
-    for b in range(0, len(rollout), max(1, len(rollout) // 64)):
+    for b in live_B.nonzero()[::8, 0].tolist()[:64]:
         n, problem = int(rollout.mask_BT[b].sum()), rollout.problems[b]
         tokens = processor.tokenizer.batch_decode(rollout.tokens_BT[b, :n, None])
         values = {name: [round(value, 4) for value in x_BT[b, :n].tolist()] for name, x_BT in signals.items()}
@@ -192,7 +192,7 @@ TOY = dict(
 def flags(parser):
     parser.add_argument("--epsilon", type=float, default=0.2, help="ε_low, how far the ratio may fall")
     parser.add_argument("--epsilon_high", type=float, default=0.2, help="ε_high, how far the ratio may rise")
-    parser.add_argument("--average", choices=("token", "answer"), default="token", help="what counts the same in (4)")
+    parser.add_argument("--average", choices=("token", "answer"), default="token", help="what counts the same")
     parser.add_argument("--beta", type=float, default=0.0, help="β, weight of the KL to the starting model")
     parser.add_argument("--kl_target", type=float, default=0.0, help="adapt β towards this KL (0: β stays)")
     parser.add_argument("--select", choices=list(SCORES), default="vepo", help="which score picks the tokens")
@@ -200,11 +200,11 @@ def flags(parser):
     parser.add_argument("--alpha", type=float, default=0.7, help="α, weight of the JSD against the entropy shift")
     parser.add_argument("--counterfactual", choices=("noise", "blank"), default="noise", help="what I' is")
     parser.add_argument("--noise_std", type=float, default=2.0, help="standard deviation of I' noise, in pixel stds")
-    parser.add_argument("--mask_truncated", action="store_true", help="leave answers that hit the limit out of (4)")
+    parser.add_argument("--mask_truncated", action="store_true", help="cut answers leave the loss (not the KL)")
 
 
 def update(run, policy, rollout, plan, advantage_BT, weight_BT, old_logp_BT, ref_logp_BT):
-    """The optimiser updates of one rollout, eq. (2) to (5); returns their metrics, averaged over the updates.
+    """The optimiser updates of one rollout, GRPO's eq. (2) to (5); returns their metrics, averaged over the updates.
 
     old_logp_BT is None when there is one update only: then π_old is the policy being read, ρ is 1 and the gradient is
     REINFORCE's. ref_logp_BT is None without a reference.
@@ -212,7 +212,7 @@ def update(run, policy, rollout, plan, advantage_BT, weight_BT, old_logp_BT, ref
     args, mask_BT, updates = run.args, rollout.mask_BT, len(plan)
     totals = dict(loss=0.0, kl=0.0, clip_fraction=0.0, grad_norm=0.0, gap=0.0, read=0.0)
     for passes, weight_of, mask_of in zip(plan, weight_BT.chunk(updates), mask_BT.chunk(updates)):
-        # Both normalisers of (4) are whole before the first pass: all micro-batches, all processes.
+        # Both normalisers of the loss are whole before the first pass: all micro-batches, all processes.
         weights, tokens = run.sum(weight_of.sum()).clamp_min(1e-6), run.sum(mask_of.sum())
         for batch, alive in passes:
             mask_bT, weight_bT = alive * mask_BT[batch], alive * weight_BT[batch]
@@ -224,7 +224,7 @@ def update(run, policy, rollout, plan, advantage_BT, weight_BT, old_logp_BT, ref
                 kl = (k3(logp_bT, ref_logp_BT[batch]) * mask_bT).sum() / tokens
                 loss = loss + run.state["beta"] * kl
                 totals["kl"] += kl.detach() / updates
-            (loss * run.world).backward()  # sharded gradients are averaged over the processes, but (4) is a sum
+            (loss * run.world).backward()  # sharded gradients are averaged over the processes, but the loss is a sum
             totals["loss"] += loss.detach() / updates
             totals["clip_fraction"] += (is_clipped(*terms) * weight_bT).sum() / weights / updates
             totals["gap"] += ((old_logp_bT - rollout.logp_BT[batch]).abs() * mask_bT).sum()
@@ -238,6 +238,8 @@ def update(run, policy, rollout, plan, advantage_BT, weight_BT, old_logp_BT, ref
 def main(args):
     if args.num_generations < 2:
         raise UserError(f"--num_generations is {args.num_generations}: a group needs at least 2 answers to compare")
+    if not (0 < args.keep <= 1 and 0 <= args.alpha <= 1):
+        raise UserError(f"--keep is {args.keep} and --alpha {args.alpha}; they must lie in (0, 1] and [0, 1]")
     run = Run(args)
     problems, held_out = load_problems(args.dataset), load_problems(args.eval_dataset)
     policy, processor = load_policy(args.model, run, train=True)
@@ -294,9 +296,8 @@ def main(args):
             answers = args.prompts_per_step * args.num_generations
             run.state["beta"] = adapted_beta(run.state["beta"], metrics["kl"], args.kl_target, answers)
         if step == args.max_steps:
-            named = zip(("jsd", "delta_entropy", "entropy", "score", "kept"), (*signals, score_BT, kept_BT))
-            run.append(run.path("signals.jsonl"), signal_rows(step, processor, rollout[live_B.nonzero()[:, 0]], {
-                name: x_BT[live_B] for name, x_BT in named}))
+            named = dict(zip(("jsd", "delta_entropy", "entropy", "score", "kept"), (*signals, score_BT, kept_BT)))
+            run.append(run.path("signals.jsonl"), signal_rows(step, processor, rollout, named, live_B))
         run.log(step, rollout, rewards_PG.flatten(), **metrics)
 
 

@@ -1,6 +1,7 @@
 """Bad input: one line that says what is wrong and what to do, exit status 2, nothing half-written."""
 
 import json
+import shutil
 
 import pytest
 
@@ -64,6 +65,26 @@ def test_bad_flags(capsys, tmp_path, folder):
     assert "--report_to nothing" in line("--report_to", "nothing")
     assert "must be above 0" in line("--temperature", 0)
     assert "cannot fill" in line("--num_generations", 5, script="mupo")
+    assert "must be above 0" in line("--temperature", "nan") and "--keep" in line("--keep", 0, script="vepo")
+
+
+def test_a_broken_model_folder(capsys, tmp_path, folder):
+    """No weights, half of them (an interrupted download), a config that is no json."""
+    flags = "--model", tmp_path / "model", "--dataset", "toy@train:4", "--eval_dataset", "none"
+    shutil.copytree(folder, tmp_path / "model")
+    weights = tmp_path / "model/model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    assert "can be loaded" in refused(capsys, tmp_path / "out", *flags)
+    weights.unlink()
+    assert "can be loaded" in refused(capsys, tmp_path / "out", *flags)
+    (tmp_path / "model/config.json").write_text("{")
+    assert "can be loaded" in refused(capsys, tmp_path / "out", *flags)
+
+
+def test_an_open_ended_problem_without_a_judge(capsys, tmp_path, folder, data):
+    path = data(GOOD, GOOD | dict(verifier="open_ended", answer="a red car"))
+    flags = "--model", folder, "--dataset", path, "--eval_dataset", "none"
+    assert "graded by a judge" in refused(capsys, tmp_path / "out", *flags)
 
 
 def test_a_model_of_another_kind(capsys, tmp_path, folder):

@@ -182,3 +182,13 @@ def test_wrong_answers_never_gain_from_diversity(folder, tmp_path):
     assert wrong and set(wrong) == {0.0}  # an answer is right, here, when its length is even; the format is never
     assert right and min(right) > 0.9 and max(right) <= 0.9 + 0.4
     assert (place / "clusters.jsonl").exists()
+
+
+def test_clusters_in_which_only_diversity_varies_are_counted():
+    """All right but badly formatted, 0.9 in fp32, whose std is not 0: still only R_div varies."""
+    class Run:
+        mean = staticmethod(torch.mean)
+    labels_PG, plain_PG = [torch.tensor([0, 0, 0, 1, 1, 1])], torch.full((1, 6), 0.9)
+    rewards_PG = plain_PG + torch.tensor([[0.1, 0.2, 0.3, 0.1, 0.1, 0.1]])
+    found = mupo.cluster_metrics(Run, [points(6, 0)], labels_PG, plain_PG, rewards_PG)
+    assert found["only_diversity_clusters"] == 0.5 and found["smallest_cluster"] == found["largest_cluster"] == 3
