@@ -319,7 +319,7 @@ class Run:
         if self.device.type == "cuda":
             metrics["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 2**30
         shown = list(zip(rollout.problems, rollout.texts, rewards_B.tolist()))[::max(1, len(rollout) // 4)]
-        self.pictures = {p["id"]: p["images"][0] for p in rollout.problems[::max(1, len(rollout) // 16)]}
+        self.pictures = {p["id"]: p["images"][0] for p in rollout.prompts.problems}
         self.append(self.path("samples.jsonl"), [
             dict(step=step, id=p["id"], problem=p["problem"], answer=p["answer"], text=text, reward=round(reward, 4))
             for p, text, reward in shown])
