@@ -366,7 +366,7 @@ RECIPES = {
                         steps=600, problems_per_step=16, muon=5e-3, adam=1.5e-3, warmup=20, decay=0.5),
 }
 NAMES = tuple(RECIPES)
-THREADS = 1  # a sum that is split over threads has other last digits; with one, any machine builds the same weights
+THREADS = 1  # a sum that is split over threads has other last digits; with one, a build does not depend on the cores
 
 
 def build(name, seed=1, steps=None):

@@ -54,24 +54,23 @@ def alone(folder, tmp_path_factory):
 
 
 def test_trap_sharded_generate(folder, tmp_path, alone):
-    """Two sharded processes, whose answers end at different lengths, give the answers and gradients of one.
-
-    It also holds the traps `unwrapped forward` (a pass around the sharded model would skip the reduction) and
-    `normaliser` (gradients are averaged over processes, the loss is a sum): both would change the gradient.
-    """
+    """Two sharded processes, whose answers end at different lengths, give the answers and gradients of one."""
     flags = "--updates_per_step", 2, "--beta", 0.1
     assert_same_run(alone, drive(folder, tmp_path / "two", *flags, processes=2))
 
 
-def test_processes_with_fewer_passes_repeat_one_that_weighs_nothing(folder, tmp_path):
-    """Groups without advantage are not read, so that two processes need different numbers of passes."""
+def test_trap_unwrapped_forward(folder, tmp_path):
+    """Two sharded processes reduce their gradients to those of one: a pass around the registered methods would not.
+
+    Groups without advantage are not read, so the processes need different numbers of passes; the spare weigh nothing.
+    """
     flags = "--updates_per_step", 1, "--micro_batch_size", 3, "--max_steps", 1
     one, two = (drive(folder, tmp_path / f"{n}", *flags, processes=n) for n in (1, 2))
     assert max(json.loads((two / "spare.json").read_text())) > 0 == json.loads((one / "spare.json").read_text())[0]
     assert_same_run(one, two, gradients=1)
 
 
-def test_trap_unwrapped_forward(folder, tmp_path, alone):
+def test_micro_batches_do_not_change_the_run(folder, tmp_path, alone):
     """One answer to a pass or all in one: the same run; so is a group in one packed row or in three."""
     for size in (1, 100):
         flags = "--updates_per_step", 2, "--beta", 0.1, "--micro_batch_size", size
