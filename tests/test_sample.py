@@ -177,6 +177,9 @@ def test_trap_stale_rope_deltas(policy, processor, problems):
     draw(policy, processor, problems[:1], G=7)
     greedy_by_generate(policy, processor, problems[2])
     assert (read(token_logps, rollout, policy) == before).all()
+    policy.model.rope_deltas = torch.tensor([[-40]])  # what another prefill may have left behind
+    assert (draw(policy, processor, problems).logp_BT == rollout.logp_BT).all()
+    policy.model.rope_deltas = None
 
 
 def test_trap_checkpointing_and_cache(policy, processor, problems):
