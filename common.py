@@ -90,7 +90,7 @@ ROLLOUT_FLAGS = dict(
     updates_per_step=(4, "optimiser updates from one rollout, each on its share of the problems"),
 )
 WORLD_CHOICES = dict(lr_scheduler_type=("constant", "cosine"))
-MAY_BE_ZERO = {"seed", "eval_steps", "warmup_steps", "num_train_epochs", "early_stop", "held_out_traces"}
+MAY_BE_ZERO = {"seed", "eval_steps", "warmup_steps", "num_train_epochs", "early_stop", "held_out_traces", "max_tokens"}
 # --resume refuses to change any flag but these, which change no number beyond rounding.
 FREE_ON_RESUME = {"resume", "output_dir", "report_to", "save_steps", "sample_batch_size", "micro_batch_size"}
 
@@ -518,8 +518,9 @@ class Policy(transformers.Qwen2_5_VLForConditionalGeneration):
 def load_policy(name, run=None, train=False, args=None):
     """The model and processor called `name`: toy, toy-teacher, a folder in the hub's layout, or a name on the hub.
 
-    Without `run`: whole, on the CPU, in fp32. With it: on the run's device, sharded over its processes where there
-    are several or a GPU. `train` keeps gradients (the vision tower's too if args.train_vision).
+    Without `run`: whole, on the CPU. With it: on the run's device, sharded over its processes where there are several
+    or a GPU. `train` keeps gradients (the vision tower's too if args.train_vision) and makes the weights fp32 masters;
+    a model that is only read, such as a teacher, stays in its checkpoint's own dtype.
     """
     args = args or (run.args if run else None)
     folder = find_model(name, run)
@@ -528,7 +529,8 @@ def load_policy(name, run=None, train=False, args=None):
         if config.model_type != "qwen2_5_vl":
             raise UserError(f"--model {name} is a {config.model_type}; only Qwen2.5-VL (qwen2_5_vl) is read here")
         tokenizer, pictures = AutoTokenizer.from_pretrained(folder), AutoImageProcessor.from_pretrained(folder)
-        policy = load_shards(folder, config, run.device) if run and run.sharded else load_whole(folder)
+        dtype = torch.float32 if train else config.dtype
+        policy = load_shards(folder, config, dtype, run.device) if run and run.sharded else load_whole(folder, dtype)
     except (OSError, ValueError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:120]
         raise UserError(f"--model {name} is no folder or name of a model that can be loaded: {reason}") from None
@@ -549,10 +551,10 @@ def find_model(name, run=None):
         return toy.build(name)
 
 
-def load_whole(folder):
-    """The whole model in fp32 on the CPU; UserError unless the checkpoint holds every weight, and no other."""
+def load_whole(folder, dtype):
+    """The whole model on the CPU; UserError unless the checkpoint holds every weight, and no other."""
     # Loaded as what it is, then given our two halves: the hub's key names are translated by the class's own name.
-    policy, report = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    policy, report = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype, output_loading_info=True)
     wrong = [*report["missing_keys"], *report["unexpected_keys"], *report["mismatched_keys"]]
     if wrong:
         raise UserError(f"{folder}: {len(wrong)} weights do not fit config.json, {sorted(map(str, wrong))[0]} for one")
@@ -560,13 +562,13 @@ def load_whole(folder):
     return policy
 
 
-def load_shards(folder, config, device):
-    """The model with every weight split over all processes: fp32 masters, bf16 compute on GPUs, fp32 reductions.
+def load_shards(folder, config, dtype, device):
+    """The model with every weight split over all processes: bf16 compute on GPUs, fp32 reductions.
 
     The shards are made empty, then filled by rank 0 piece by piece: no other process ever holds a whole copy.
     """
     with init_empty_weights():  # weights on the meta device, buffers (rotary frequencies) real
-        policy = AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
+        policy = AutoModelForImageTextToText.from_config(config, dtype=dtype)
     policy.__class__ = Policy
     policy.tie_weights()
     on_gpu = device.type != "cpu"
@@ -578,7 +580,7 @@ def load_shards(folder, config, device):
     for name in ("body", "head", "reduce"):
         register_fsdp_forward_method(policy, name)
     policy._apply(lambda t: torch.empty_like(t, device=device) if t.is_meta else t.to(device))
-    whole = load_whole(folder) if dist.get_rank() == 0 else None
+    whole = load_whole(folder, dtype) if dist.get_rank() == 0 else None
     states.set_model_state_dict(policy, whole.state_dict() if whole else {},
                          options=states.StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
     policy.generation_config = transformers.GenerationConfig.from_pretrained(folder)
@@ -603,15 +605,14 @@ def gathered(policy):
 
 def save_policy(policy, processor, folder, is_main=True):
     """Writes the hub's layout: safetensors, config, tokenizer, preprocessor_config. A collective call when sharded."""
-    whole = states.StateDictOptions(full_state_dict=True, cpu_offload=True)
-    weights = states.get_model_state_dict(policy, options=whole)
+    whole = states.get_model_state_dict(policy, options=states.StateDictOptions(full_state_dict=True, cpu_offload=True))
     if not is_main:
         return
     with init_empty_weights():  # a shell of the plain class, so that config.json names what others can load
         shell = AutoModelForImageTextToText.from_config(policy.config)
     shell.tie_weights()
     shell.generation_config = policy.generation_config
-    shell.save_pretrained(folder, state_dict=weights)
+    shell.save_pretrained(folder, state_dict=whole)
     processor.tokenizer.save_pretrained(folder)
     processor.image_processor.save_pretrained(folder)
 

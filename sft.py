@@ -11,6 +11,12 @@ The traces are the data set's own (a column `trace`), or with --teacher the teac
 given problems: --teacher_samples are sampled to each, and those that are right and well-formed are kept (rejection
 sampling). They are kept on disk too, so that another run with the same teacher does not sample again.
 
+--soft_targets puts the teacher's whole distribution q_t in the place of the trace's one token, the forward KL that
+distillation off-policy minimises (Hinton et al., arXiv 1503.02531): between opd.py and this script it changes one thing
+at a time, whose answers are read, and what is asked of each token.
+
+    L = Σ_bt m_bt·KL(q_bt‖π_bt) / Σ_bt m_bt                                                                      (2)
+
 Departures: the papers fix the number of epochs; --early_stop ends training once the loss on held-out traces has not
 fallen that many evaluations in a row. The weights are then those of the last step, not of the best.
 
@@ -39,9 +45,20 @@ from common import (
 # --- the algorithm ----------------------------------------------------------------------------------------------------
 
 
-def cross_entropy(logp_BT, mask_BT, tokens):
-    """Eq. (1), the part of it that these answers contribute: (B, T) → scalar. `tokens` is the whole denominator."""
-    return -(logp_BT * mask_BT).sum() / tokens
+def forward_kl(student_logits, teacher_logits):
+    """The KL of eq. (2): (..., V), (..., V) → (...), in nats. The gradient is the student's alone."""
+    logp, teacher_logp = student_logits.log_softmax(-1), teacher_logits.detach().log_softmax(-1)
+    return (teacher_logp.exp() * (teacher_logp - logp)).sum(-1)
+
+
+def hard(logits_NV, tokens_N):
+    """What a token of a trace costs, eq. (1); the entropy of its distribution, for the log only. Each (N,)."""
+    return -token_logps(logits_NV, tokens_N), token_entropy(logits_NV.detach())
+
+
+def soft(logits_NV, teacher_logits_NV, tokens_N):
+    """What a token of a trace costs, eq. (2); the entropy of its distribution, for the log only. Each (N,)."""
+    return forward_kl(logits_NV, teacher_logits_NV), token_entropy(logits_NV.detach())
 
 
 def has_stopped_falling(losses, patience):
@@ -74,9 +91,12 @@ TOY = dict(
 
 
 def flags(parser):
-    parser.add_argument("--teacher", default="none", help="whose verified answers are the traces (none: the data's)")
+    parser.add_argument("--teacher", default="none",
+                        help="the model to learn from, of the student's family; in sft.py none: the data's traces")
     parser.add_argument("--teacher_samples", type=int, default=4, help="answers the teacher samples to each problem")
     parser.add_argument("--traces", default="", help="file that keeps the teacher's answers (default: by settings)")
+    parser.add_argument("--soft_targets", action="store_true", help="learn the teacher's distributions, eq. (2)")
+    parser.add_argument("--max_tokens", type=int, default=0, help="train on so many tokens of traces (0: --max_steps)")
     parser.add_argument("--num_train_epochs", type=int, default=0, help="train for whole epochs (0: --max_steps)")
     parser.add_argument("--early_stop", type=int, default=0, help="stop after so many evaluations without a lower loss")
     parser.add_argument("--held_out_traces", type=int, default=64, help="traces kept for eval_loss")
@@ -116,8 +136,19 @@ def teacher_traces(run, problems):
     return [of[id] | dict(trace=text) for id, text in kept]
 
 
+def check_vocabulary(args, processor, teacher_processor):
+    """UserError unless the same ids mean the same words to both: else (1) compares distributions over other things."""
+    ours, theirs = (x.tokenizer.get_vocab() for x in (processor, teacher_processor))
+    other = sorted(word for word in {*ours, *theirs} if ours.get(word) != theirs.get(word))
+    if other:
+        raise UserError(f"--teacher {args.teacher} has another tokenizer than {args.model}: {len(other)} words differ, "
+                        f"{other[0]!r} for one; distil from a model of the same family")
+
+
 def main(args):
     run = Run(args)
+    if args.soft_targets and args.teacher == "none":
+        raise UserError("--soft_targets are a teacher's distributions: name a --teacher too")
     if 0 < args.held_out_traces < run.world:
         raise UserError(f"--held_out_traces {args.held_out_traces}: give 0, or one to each of {run.world} processes")
     problems, held_out = load_problems(args.dataset), load_problems(args.eval_dataset)
@@ -130,18 +161,26 @@ def main(args):
     if args.num_train_epochs:
         args.max_steps = args.num_train_epochs * (len(examples) // args.prompts_per_step)
     policy, processor = load_policy(args.model, run, train=True)
+    if args.max_tokens:
+        lengths = [len(processor.tokenizer(example["trace"]).input_ids) + 1 for example in examples]  # 1: the end token
+        args.max_steps = max(1, round(args.max_tokens * len(lengths) / sum(lengths) / args.prompts_per_step))
+    cost, readers = hard, [policy]
+    if args.soft_targets:
+        teacher, teacher_processor = load_policy(args.teacher, run)
+        check_vocabulary(args, processor, teacher_processor)
+        cost, readers = soft, [policy, teacher]
     run.state["eval_losses"] = []
     run.begin(policy, processor, examples, held_out)
 
     def loss_on(rollout, backward):
-        """Eq. (1) over all processes; with `backward` its gradient too. Fills in the rollout's entropy."""
+        """Eq. (1) or (2) over all processes; with `backward` its gradient too. Fills in the rollout's entropy."""
         total, tokens = 0.0, run.sum(rollout.mask_BT.sum())
         for batch, alive in run.plan(rollout, torch.ones(len(rollout), dtype=torch.bool))[0]:
             with torch.set_grad_enabled(backward):
-                logp_bT, entropy_bT = read(logp_and_entropy, rollout[batch], policy)
-                loss = cross_entropy(logp_bT, alive * rollout.mask_BT[batch], tokens)
+                cost_bT, entropy_bT = read(cost, rollout[batch], *readers)
+                loss = (cost_bT * alive * rollout.mask_BT[batch]).sum() / tokens
             if backward:
-                (loss * run.world).backward()  # sharded gradients are averaged over the processes, but (1) is a sum
+                (loss * run.world).backward()  # sharded gradients are averaged over the processes, the loss is a sum
             rollout.entropy_BT[batch] = entropy_bT
             total += loss.detach()
         return float(run.sum(total))
@@ -164,11 +203,6 @@ def main(args):
             run.state["eval_losses"].append(metrics["eval_loss"])
             stop = args.early_stop and has_stopped_falling(run.state["eval_losses"], args.early_stop)
         run.log(step, rollout, torch.ones(len(rollout)), last=stop, **metrics)
-
-
-def logp_and_entropy(logits_NV, tokens_N):
-    """What training reads of each token: its log-prob, and the entropy of its distribution, for the log only."""
-    return token_logps(logits_NV, tokens_N), token_entropy(logits_NV.detach())
 
 
 if __name__ == "__main__":

@@ -329,7 +329,7 @@ def bench_shape(args):
         # Of the real size's rows the tokenizer names a few hundred; the head must make them all the same.
         rows = property(lambda policy: config.get_text_config().vocab_size, lambda policy, value: None)
         with mock.patch.object(common.Policy, "vocabulary", rows, create=True), \
-                mock.patch.object(common, "load_whole", lambda folder: random_policy(config, folder)):
+                mock.patch.object(common, "load_whole", lambda folder, dtype: random_policy(config, folder)):
             step = two_steps(grpo, args, dict(updates_per_step=1, max_pixels=args.pixels, max_prompt_length=20_000),
                              load_problems=lambda name: [] if name == "none" else problems)
     peak = torch.cuda.max_memory_allocated() / 1e9 if args.device == "cuda" else memory_gb("VmHWM")

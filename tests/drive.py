@@ -58,7 +58,8 @@ def go(name, *argv):
     before = {key: vars(script)[key] for key in ("Run", "grade", "is_right") if key in vars(script)}
     ours = dict(Run=Run, grade=even_length, is_right=even_length)
     vars(script).update({key: ours[key] for key in before})
-    tables = (common.MODEL_FLAGS, common.TRAIN_FLAGS) + (common.ROLLOUT_FLAGS,) * (name != "sft")
+    usual = (common.MODEL_FLAGS, common.TRAIN_FLAGS) + (common.ROLLOUT_FLAGS,) * (name != "sft")
+    tables = vars(script).get("TABLES", usual)
     try:
         common.launch(name, script.main, script.__doc__, script.flags, script.RECIPE, script.TOY, argv=list(map(str, argv)),
                       tables=tables)

@@ -10,6 +10,7 @@ from collections import defaultdict
 import pytest
 
 import common
+import opd
 from conftest import ROOT
 
 SCRIPTS = [name for name in ("sft", "opd", "grpo", "vepo", "mupo", "eval_passk") if (ROOT / f"{name}.py").exists()]
@@ -72,8 +73,8 @@ def test_same_name_same_source():
 
 
 def tables_of(name):
-    tables = dict(sft=(common.MODEL_FLAGS, common.TRAIN_FLAGS), eval_passk=(common.MODEL_FLAGS,))
-    return tables.get(name, (common.MODEL_FLAGS, common.TRAIN_FLAGS, common.ROLLOUT_FLAGS))
+    known = dict(sft=(common.MODEL_FLAGS, common.TRAIN_FLAGS), opd=opd.TABLES, eval_passk=(common.MODEL_FLAGS,))
+    return known.get(name, (common.MODEL_FLAGS, common.TRAIN_FLAGS, common.ROLLOUT_FLAGS))
 
 
 def parsed(name, *argv):

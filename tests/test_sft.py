@@ -18,13 +18,13 @@ def test_trains_on_the_answer_alone(policy, processor, problems):
     tokenizer = processor.tokenizer
     assert [row[:int(m.sum())].tolist() for row, m in zip(rollout.tokens_BT, rollout.mask_BT)] == [
         tokenizer(text).input_ids + [tokenizer.eos_token_id] for text in texts]
-    logp_BT, entropy_BT = sft.read(sft.logp_and_entropy, rollout, policy)
+    cost_BT, entropy_BT = sft.read(sft.hard, rollout, policy)
     tokens = rollout.mask_BT.sum()
     expected = torch.cat([
         torch.nn.functional.cross_entropy(logits, rollout.tokens_BT[b, :len(logits)], reduction="none")
         for b, logits in enumerate(plain_logits(policy, processor, problems, rollout))]).mean()
-    assert sft.cross_entropy(logp_BT, rollout.mask_BT, tokens).item() == pytest.approx(float(expected), rel=1e-5)
-    assert not entropy_BT.requires_grad and logp_BT.requires_grad
+    assert float((cost_BT * rollout.mask_BT).sum() / tokens) == pytest.approx(float(expected), rel=1e-5)
+    assert not entropy_BT.requires_grad and cost_BT.requires_grad
 
 
 def test_has_stopped_falling():
