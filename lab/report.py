@@ -49,6 +49,7 @@ PANELS = [
     ("Answers", "%", {"format": "well-formed", "truncated": "cut-off"}),
     ("Groups with equal rewards", "%", {"frac_reward_zero_std": ""}),
     ("KL to the reference", "nats a token", {"kl": ""}),
+    ("KL to the teacher", "nats a token", {"teacher_kl": ""}),
     ("Tokens clipped", "%", {"clip_fraction": ""}),
     ("With a noised picture", "nats", {"jsd": "divergence", "delta_entropy": "entropy change"}),
     ("Visual tokens missed by entropy", "%", {"missed_by_entropy": ""}),
@@ -323,6 +324,29 @@ def pass_at_k(results, path):
     return draw(list(panels.values()), path, "How often at least one of k answers is right",
                 "pass@k, mean over problems, and its 95% interval (bootstrap over problems).",
                 min(3, len(panels)), 2.6, "k answers", lambda exponent: f"{2 ** exponent:g}")
+
+
+def dots(panels, path, headline, caption):
+    """Measures side by side, a panel each, models below each other, into `path`, which is returned.
+
+    panels: [(title, unit, [(label, colour, [(mean, low, high), ...])])], the labels the same in all; of several
+    intervals of one model the last is drawn full, those before it hollow and above it.
+    """
+    with matplotlib.rc_context(STYLE | {"axes.grid.axis": "x"}):
+        figure = frame(headline, caption, 0.36 * len(panels[0][2]) + 1.15)
+        for axis, (title, unit, lines) in zip(figure.subplots(1, len(panels), sharey=True, squeeze=False)[0], panels):
+            for y, (_, colour, marks) in enumerate(lines):
+                for place, (mean, low, high) in enumerate(marks):
+                    full, height = place == len(marks) - 1, y + 0.26 * (place - (len(marks) - 1) / 2)
+                    axis.plot((low, high), (height, height), color=colour, alpha=0.9 if full else 0.45)
+                    axis.plot(mean, height, "o", markersize=5.5, color=colour, markeredgecolor=colour,
+                              markeredgewidth=1.2, markerfacecolor=colour if full else "white")
+            axis.set_title(title)
+            axis.set_yticks(range(len(lines)), labels=[label for label, *_ in lines])
+            axis.set_ylim(len(lines) - 0.5, -0.5)
+            axis.xaxis.set_major_formatter(lambda x, _, unit=unit: f"{100 * x:.3g}%" if unit == "%" else f"{x:.3g}")
+            axis.xaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 2.5, 5, 10]))
+        return save(figure, path)
 
 
 # --- the tokens and the clusters of the last step

@@ -11,7 +11,7 @@ from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTo
 import common
 from lab import toy
 
-SPLITS = ("pretrain", "train", "test", "ood")
+SPLITS = ("pretrain", "train", "test", "study", "ood")
 
 
 def specs(split, count):
@@ -143,11 +143,11 @@ def test_an_index_is_the_same_problem_whatever_the_count():
 
 def test_splits_are_disjoint():
     """No picture of one split is in another, as far as anything is trained on them."""
-    shares = [share for split in SPLITS for share in toy.SHARES[split]]
-    assert len(shares) == len(set(shares))  # a picture's share follows from the picture, a share belongs to one split
+    shares = [(share, size) for split in SPLITS for share in toy.SHARES[split] for size in set(toy.GRIDS[split])]
+    assert len(shares) == len(set(shares))  # a picture's share follows from the picture; with its size it is one split's
     assert all(toy.share_of(spec.grid) in toy.SHARES[split] for split in SPLITS for spec in specs(split, 100))
     grids = {split: {spec.grid for spec in specs(split, count)}
-             for split, count in (("pretrain", 4000), ("train", 4096), ("test", 256), ("ood", 256))}
+             for split, count in (("pretrain", 4000), ("train", 4096), ("test", 256), ("study", 256), ("ood", 256))}
     for one in SPLITS:
         for other in SPLITS:
             assert one == other or not grids[one] & grids[other]

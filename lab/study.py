@@ -1,0 +1,456 @@
+"""The papers' claims, put to the test on the tabletop, over several seeds.
+
+    python lab/study.py stage1                     which warm start, and what it leaves behind (arXiv 2606.09059)
+    python lab/study.py vepo                       which tokens to credit (arXiv 2606.03937)
+    python lab/study.py mupo                       what becomes of the many ways of thinking (arXiv 2604.00479)
+    python lab/study.py stage1 --seeds 1 --quick   a rough answer in ten minutes
+
+Every run is a call of one of this repository's scripts, with the flags that stand below, in its own folder of
+runs/study. What is there is not run again; what was stopped half-way goes on where it was. At the end stand
+results/STUDY.json, its pictures, and a verdict on each claim:
+
+    holds   the whole 95% interval lies on the claimed side of the bound
+    fails   the whole interval lies on the other side
+    open    the interval holds the bound
+
+Held out are 128 problems of toy@study, at which nothing else in this repository looks, and 128 of toy@ood, with 16
+answers to each. All seeds start from the same base and answer the same problems, so an interval draws seeds and
+problems with replacement, the same problems for every seed drawn and for every arm: a paired, crossed bootstrap of
+10,000 draws. (To draw problems anew for each seed would be narrower, and wrong where a problem suits one arm whatever
+the seed.) Five seeds are few: percentile intervals over five values are too narrow, read a bare "holds" as a hint.
+"""
+
+import argparse
+import concurrent.futures
+import json
+import os
+import queue
+import subprocess
+import sys
+import time
+from collections import namedtuple
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # run as a script, Python looks in lab/, not in the root
+
+import eval_passk
+import mupo
+from common import Parser, UserError, check_place, write_atomically
+from lab import report
+
+# --- what is run: fixed on toy@test with seed 0, before toy@study was looked at ----------------------------------------
+
+IN, OUT, COUNT = "toy@study", "toy@ood", 128
+SAMPLES, KS = 16, (1, 2, 4, 8, 16)
+WARM = dict(  # of every warm start: the same problems, batch, schedule; what is learned from them differs
+    dataset="toy@train:1024", prompts_per_step=64, learning_rate=1.2e-3, lr_scheduler_type="cosine", warmup_steps=10)
+TRACES = WARM | dict(teacher="toy-teacher", held_out_traces=0)
+OVERTRAINED = 10  # times the steps of the early-stopped run
+
+# A run: its script, its flags, the run that it starts from ("": the base), the runs that must be there before it, and
+# of SFT how many times OPD's teacher-scored tokens it trains on.
+Spec = namedtuple("Spec", "script flags start needs tokens", defaults=[{}, "", (), 0])
+
+
+def then_grpo(start):
+    return Spec("grpo.py", dict(max_steps=50), start, (start,))
+
+
+RUNS = {
+    "grpo": Spec("grpo.py"),
+    "vepo": Spec("vepo.py"),
+    "entropy": Spec("vepo.py", dict(select="entropy")),
+    "grpo15": Spec("mupo.py", dict(clusters=1, max_steps=50)),  # GRPO with mupo.py's 15 answers and ε_high 0.28
+    "mupo": Spec("mupo.py", dict(max_steps=50)),
+    "opd": Spec("opd.py", WARM | dict(num_generations=1, max_steps=60)),
+    "sft": Spec("sft.py", TRACES, "", ("opd",), 1),
+    # These two wait for sft too, which has the teacher write the traces that all three learn.
+    "overtrained": Spec("sft.py", TRACES, "", ("opd", "sft"), OVERTRAINED),
+    "soft": Spec("sft.py", TRACES | dict(soft_targets=True), "", ("opd", "sft"), 1),
+    "opd-grpo": then_grpo("opd"), "sft-grpo": then_grpo("sft"), "overtrained-grpo": then_grpo("overtrained"),
+}
+WARM_STARTS = ("opd", "sft", "overtrained")
+STUDIES = {
+    "stage1": ("base", "soft", *WARM_STARTS, *(f"{start}-grpo" for start in WARM_STARTS)),
+    "vepo": ("base", "grpo", "entropy", "vepo"),
+    "mupo": ("base", "grpo15", "mupo"),
+}
+POLL = 1.0  # seconds between two looks at a run
+QUICK = {"grpo.py": 15, "vepo.py": 15, "mupo.py": 15, "opd.py": 20}  # steps; sft.py's follow from opd.py's
+
+
+class Bench:
+    """Does the runs, several at a time, each on a core of its own, and shows how far they are."""
+
+    def __init__(self, place, quick, jobs):
+        self.place, self.quick, self.steps = Path(place), quick, {}
+        able = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [None] * os.cpu_count()
+        self.cores = queue.Queue()
+        for core in able[:jobs]:
+            self.cores.put(core)
+        self.jobs = min(jobs, len(able))
+
+    def folder(self, name, seed):
+        return self.place / f"{name}-{seed}"
+
+    def model(self, name, seed):
+        return str(self.folder(name, seed)) if name and name != "base" else "toy"
+
+    def command(self, name, seed):
+        """(script, flags) of a run, or of the measurement of one (eval-NAME)."""
+        if name.startswith("eval-"):
+            count = 32 if self.quick else COUNT
+            flags = dict(model=self.model(name[5:], seed), dataset=f"{IN}:{count},{OUT}:{count}", num_samples=SAMPLES)
+            return "eval_passk.py", flags | dict(seed=seed, ks=",".join(map(str, KS)))
+        spec = RUNS[name]
+        flags = dict(model=self.model(spec.start, seed), eval_dataset="none", seed=seed) | spec.flags
+        if self.quick and spec.script in QUICK:
+            flags["max_steps"] = QUICK[spec.script]
+        if spec.tokens:  # as many tokens of the teacher's traces as the teacher scored for OPD, or so many times as many
+            rows = report.load(self.folder("opd", seed), "metrics.jsonl", ["step"])
+            flags["max_tokens"] = spec.tokens * int(sum(row.get("tokens", 0) for row in rows))
+            flags["traces"] = str(self.place / f"traces-{seed}.jsonl")
+        return spec.script, flags
+
+    def make(self, name, seed, needs=()):
+        """Does one run unless it is done. `needs` are futures of the runs before it. UserError where it fails."""
+        for need in needs:
+            need.result()
+        folder, (script, flags) = self.folder(name, seed), self.command(name, seed)
+        if (folder / ("eval.json" if name.startswith("eval-") else "config.json")).exists():
+            return check_same(folder, flags)
+        core, log = self.cores.get(), folder.with_name(f"{folder.name}.log")
+        self.place.mkdir(parents=True, exist_ok=True)
+        argv = [f"--{key}" if value is True else f"--{key}={value}" for key, value in flags.items()]
+        with open(log, "w") as output:
+            process = subprocess.Popen(
+                [sys.executable, script, *argv, f"--output_dir={folder}", "--resume"], cwd=ROOT, stdout=output,
+                stderr=subprocess.STDOUT, env=os.environ | dict(OMP_NUM_THREADS="1", TQDM_MININTERVAL="5"))
+            if core is not None:
+                os.sched_setaffinity(process.pid, [core])  # a run takes all the cores that it may
+            while process.poll() is None:
+                time.sleep(POLL)
+                metrics = folder / "metrics.jsonl"
+                self.steps[folder.name] = metrics.read_bytes().count(b"\n") if metrics.exists() else 0
+        self.steps.pop(folder.name, None)
+        self.cores.put(core)
+        if process.returncode:
+            said = log.read_text(errors="replace").strip().splitlines() or [""]
+            raise UserError(f"{folder.name}: {script} ended with status {process.returncode}, saying: {said[-1][-200:]}")
+
+    def make_all(self, names, seeds):
+        """All runs of `names`, for all seeds, with what they need, and a measurement of each."""
+        order = [name for name in RUNS if any(name in closure(wanted) for wanted in names)]
+        evals = [f"eval-{name}" for name in names]
+        futures, pool = {}, concurrent.futures.ThreadPoolExecutor(self.jobs)
+        for name in [*order, *evals]:
+            needs = RUNS[name].needs if name in RUNS else [name[5:]] if name[5:] in RUNS else []
+            for seed in seeds:  # first in, first out: what a run needs is done or being done when its turn comes
+                futures[name, seed] = pool.submit(self.make, name, seed, [futures[need, seed] for need in needs])
+        with tqdm(total=len(futures), desc="runs") as bar:
+            left = set(futures.values())
+            try:
+                while left:
+                    done, left = concurrent.futures.wait(left, 2, concurrent.futures.FIRST_COMPLETED)
+                    for future in done:
+                        future.result()
+                    bar.update(len(done))
+                    bar.set_postfix_str(", ".join(f"{name} step {n}" for name, n in sorted(self.steps.items())))
+            finally:
+                pool.shutdown(wait=False, cancel_futures=True)
+
+
+def closure(name):
+    """A run and all that it needs."""
+    return {name}.union(*(closure(need) for need in RUNS[name].needs)) if name in RUNS else set()
+
+
+def check_same(folder, flags):
+    """UserError if the finished run in `folder` had other flags than it would have now."""
+    before = json.loads((folder / "args.json").read_text()) if (folder / "args.json").exists() else {}
+    for key, value in flags.items():
+        if key in before and str(before[key]) != str(value) and key not in ("max_tokens", "traces", "model"):
+            raise UserError(f"{folder} was run with --{key} {before[key]}, now it would be {value}; move it away")
+
+
+# --- what is measured --------------------------------------------------------------------------------------------------
+
+
+def diversity(texts):
+    """Mean pairwise cosine distance between the reasoning of several answers, as bags of n-grams (mupo.py)."""
+    e_GD = mupo.ngrams([mupo.reasoning(text) for text in texts])
+    return float((1 - e_GD @ e_GD.T).sum() / (len(texts) * (len(texts) - 1)))
+
+
+def measured(bench, name, seed):
+    """{data set: {measure: (P,)}} of one model, problems in the order of their ids."""
+    found = {}
+    for row in report.load(bench.folder(f"eval-{name}", seed), "samples.jsonl", ["id", "right", "texts"]):
+        found.setdefault(row["dataset"].partition(":")[0], {})[row["id"]] = (
+            eval_passk.measures(row, KS) | dict(diversity=diversity(row["texts"])))
+    return {data: {key: np.array([rows[id][key] for id in sorted(rows)]) for key in next(iter(rows.values()))}
+            for data, rows in found.items()}
+
+
+def measure_all(bench, names, seeds):
+    """{model: {data set: {measure: (S, P)}}}: seeds by problems."""
+    each = {name: [measured(bench, name, seed) for seed in tqdm(seeds, desc=f"measures of {name}", delay=5)]
+            for name in names}
+    return {name: {data: {key: np.stack([one[data][key] for one in some]) for key in some[0][data]}
+                   for data in some[0]} for name, some in each.items()}
+
+
+def along(bench, name, seeds, key, first=0, last=None):
+    """(S, 1): the mean of a metric over the training steps first to last, counted from 0; one number to a seed."""
+    means = []
+    for seed in seeds:
+        rows = report.load(bench.folder(name, seed), "metrics.jsonl", ["step"])
+        means.append([np.mean([row[key] for row in rows if key in row][first:last])])
+    return np.array(means)
+
+
+def interval(statistic, *tables_SP, draws=10_000, seed=0):
+    """[value, low, high] of statistic(*means): its 95% percentile interval when seeds and problems are drawn anew.
+
+    tables_SP are of one shape, (S, P); P is 1 for what a seed has one number of. statistic takes arrays of means.
+    """
+    S, P = tables_SP[0].shape
+    random = np.random.default_rng(seed)
+    weight_DS, weight_DP = (random.multinomial(n, np.full(n, 1 / n), draws) / n for n in (S, P))
+    drawn = statistic(*(((weight_DS @ table_SP) * weight_DP).sum(1) for table_SP in tables_SP))
+    value = statistic(*(np.array([table_SP.mean()]) for table_SP in tables_SP))
+    return [float(value[0]), *map(float, np.quantile(drawn, [0.025, 0.975]))]
+
+
+def difference(one, other):
+    return one - other
+
+
+def spread(*means):
+    return np.max(means, 0) - np.min(means, 0)
+
+
+def share_of_fall(start, early, end):
+    """How much of the way from start to end is gone early."""
+    return (start - early) / (start - end)
+
+
+# --- what is claimed ---------------------------------------------------------------------------------------------------
+
+MARGIN = 0.02  # two points of pass@k count as the same
+Test = namedtuple("Test", "what value side bound")  # value: [value, low, high]; side: above, below, or within ± bound
+
+
+def judge(test):
+    """holds, fails or open: where the interval lies."""
+    (_, low, high), bound = test.value, test.bound
+    if test.side == "within":
+        return "holds" if -bound < low and high < bound else "fails" if high < -bound or low > bound else "open"
+    if test.side == "below":
+        low, high, bound = -high, -low, -bound
+    return "holds" if low > bound else "fails" if high < bound else "open"
+
+
+def verdict(tests):
+    """A claim of several tests holds if all do and fails if one does."""
+    found = [judge(test) for test in tests]
+    return "fails" if "fails" in found else "open" if "open" in found else "holds"
+
+
+def stage1_claims(table, bench, seeds):
+    def gap(key, one, other, data=IN):
+        return interval(difference, table[one][data][key], table[other][data][key])
+
+    def entropy(one, other):
+        return interval(difference, *(along(bench, f"{name}-grpo", seeds, "entropy") for name in (one, other)))
+
+    others, ends = ("sft", "overtrained"), [f"{name}-grpo" for name in WARM_STARTS]
+    return {
+        "S1": ("OPD enters RL with a higher entropy than either SFT, and keeps it", [
+            *(Test(f"entropy at the start, opd - {o}", gap("entropy", "opd", o), "above", 0) for o in others),
+            *(Test(f"mean entropy through RL, opd - {o}", entropy("opd", o), "above", 0) for o in others)]),
+        "S2": ("at the start OPD has a higher pass@16 and more distinct answers than either SFT", [
+            Test(f"{key} at the start, opd - {o}", gap(key, "opd", o), "above", 0)
+            for key in ("pass@16", "distinct") for o in others]),
+        "S3": ("after RL the three starts end together", [
+            Test(f"spread of {key} after RL", interval(spread, *(table[end][IN][key] for end in ends)), "below", MARGIN)
+            for key in ("pass@1", "pass@16")]),
+        "S4 at the start": ("over-trained SFT loses out of domain, early-stopped SFT does not", [
+            Test("pass@1 out of domain, overtrained - base", gap("pass@1", "overtrained", "base", OUT), "below", 0),
+            Test("pass@1 out of domain, sft - base", gap("pass@1", "sft", "base", OUT), "above", -MARGIN)]),
+        "S4 after RL": ("over-trained SFT loses out of domain, early-stopped SFT does not", [
+            Test("pass@1 out of domain, overtrained-grpo - base", gap("pass@1", "overtrained-grpo", "base", OUT),
+                 "below", 0),
+            Test("pass@1 out of domain, sft-grpo - base", gap("pass@1", "sft-grpo", "base", OUT), "above", -MARGIN)]),
+    }
+
+
+def vepo_claims(table, bench, seeds):
+    def gap(one, other):
+        return interval(difference, table[one][IN]["pass@1"], table[other][IN]["pass@1"])
+
+    missed = interval(lambda share: share, along(bench, "vepo", seeds, "missed_by_entropy"))
+    return {
+        "E1": ("entropy selection misses a large share of the vision-sensitive tokens", [
+            Test("share of the top 20% by JSD outside the top 20% by entropy", missed, "above", 1 / 3)]),
+        "E2": ("VEPO beats top-entropy selection", [
+            Test("pass@1, vepo - entropy", gap("vepo", "entropy"), "above", 0)]),
+        "E4": ("top entropy alone is no better than all tokens", [
+            Test("pass@1, entropy - all tokens", gap("entropy", "grpo"), "below", 0.01)]),
+        "VEPO against GRPO": ("VEPO beats crediting all tokens", [
+            Test("pass@1, vepo - all tokens", gap("vepo", "grpo"), "above", 0)]),
+    }
+
+
+def mupo_claims(table, bench, seeds):
+    def gap(key, one, other):
+        return interval(difference, table[one][IN][key], table[other][IN][key])
+
+    steps = len(report.load(bench.folder("grpo15", seeds[0]), "metrics.jsonl", ["step"]))
+    spans = (0, 2), (steps // 5 - 2, steps // 5 + 3), (steps - 5, None)  # the first steps, a fifth later, the last
+    start, early, end = (along(bench, "grpo15", seeds, "diversity", *span) for span in spans)
+    return {
+        "M1": ("GRPO's diversity of reasoning collapses early", [
+            Test("fall of diversity over the run", interval(difference, start, end), "above", 0),
+            Test("share of the fall in the first fifth", interval(share_of_fall, start, early, end), "above", 0.5)]),
+        "M2": ("base models overtake RL models as k grows", [
+            Test("pass@1, grpo - base", gap("pass@1", "grpo15", "base"), "above", 0),
+            Test("pass@16, base - grpo", gap("pass@16", "base", "grpo15"), "above", 0)]),
+        "M3": ("MUPO keeps more diversity than GRPO and a higher pass@k at equal pass@1", [
+            Test("diversity, mupo - grpo", gap("diversity", "mupo", "grpo15"), "above", 0),
+            Test("pass@4, mupo - grpo", gap("pass@4", "mupo", "grpo15"), "above", 0),
+            Test("pass@1, mupo - grpo", gap("pass@1", "mupo", "grpo15"), "within", MARGIN)]),
+    }
+
+
+# --- what is shown -----------------------------------------------------------------------------------------------------
+
+NAMES = {  # how a run is called in a picture
+    "base": "base", "opd": "OPD", "sft": "SFT, early-stopped", "overtrained": "SFT, over-trained",
+    "soft": "SFT on soft targets", "grpo": "all tokens (GRPO)", "entropy": "top entropy", "vepo": "VEPO",
+    "grpo15": "GRPO", "mupo": "MUPO"}
+COLOURS = {"base": "base", "opd": "opd", "sft": "sft", "overtrained": "vepo", "soft": "other", "grpo": "grpo",
+           "entropy": "sft", "vepo": "vepo", "grpo15": "grpo", "mupo": "mupo"}
+
+
+def mean(value):
+    return value
+
+
+def rows_of(table, names, key, data=IN):
+    """The lines of report.dots: a model each, and behind it the same after RL if there is one."""
+    return [(NAMES[name], report.PALETTE[COLOURS[name]],
+             [interval(mean, table[one][data][key]) for one in (name, f"{name}-grpo") if one in table])
+            for name in names]
+
+
+def pictures(study, table, bench, seeds, place, verdicts):
+    """Draws a study; returns the paths."""
+    said = "; ".join(f"{id} {word}" for id, word in verdicts.items())
+    caption = f"Means over {len(seeds)} seeds and the held-out problems, 95% intervals over seeds and problems. {said}."
+
+    def runs(names):
+        return {NAMES[name.removesuffix("-grpo")]: [bench.folder(name, seed) for seed in seeds] for name in names}
+
+    if study == "stage1":
+        names = ("base", *WARM_STARTS, "soft")
+        panels = [(f"pass@{k} {where}", "%", rows_of(table, names, f"pass@{k}", data))
+                  for k in (1, 16) for where, data in (("in domain", IN), ("out of domain", OUT))]
+        return [
+            report.overlay(runs([f"{name}-grpo" for name in WARM_STARTS]), place / "stage1-entropy.png",
+                           ["entropy", "accuracy"], "Through the same GRPO, from three warm starts"),
+            report.dots(panels, place / "stage1.png", "Hollow: the warm start. Full: after the same GRPO", caption)]
+    if study == "vepo":
+        panels = [(title, unit, rows_of(table, STUDIES["vepo"], key)) for title, unit, key in (
+            ("pass@1", "%", "pass@1"), ("pass@16", "%", "pass@16"), ("Different answers of 16", "", "distinct"))]
+        return [
+            report.overlay(runs(STUDIES["vepo"][1:]), place / "vepo-curves.png", ["accuracy", "entropy"],
+                           "The same 70 steps, with credit for other tokens"),
+            report.dots(panels, place / "vepo.png", "After 70 steps, with credit for other tokens", caption)]
+    panels = [(title, unit, rows_of(table, STUDIES["mupo"], key)) for title, unit, key in (
+        ("Diversity of reasoning", "", "diversity"), ("pass@1", "%", "pass@1"), ("pass@4", "%", "pass@4"),
+        ("pass@16", "%", "pass@16"))]
+    return [
+        report.overlay(runs(STUDIES["mupo"][1:]), place / "mupo-curves.png", ["diversity", "entropy", "accuracy"],
+                       "Fifteen answers to a problem, with and without groups of like reasoning"),
+        report.dots(panels, place / "mupo.png", "After 50 steps with fifteen answers to a problem", caption)]
+
+
+def summary(study, table, bench, seeds):
+    """All that results/STUDY.json holds."""
+    claims = dict(stage1=stage1_claims, vepo=vepo_claims, mupo=mupo_claims)[study](table, bench, seeds)
+    commands = {}
+    for name in [name for name in RUNS if any(name in closure(wanted) for wanted in STUDIES[study])]:
+        script, flags = bench.command(name, seeds[0])
+        commands[name] = " ".join([script, *(f"--{key}" if v is True else f"--{key} {v}" for key, v in flags.items())])
+    return dict(
+        study=study, seeds=list(seeds), quick=bench.quick, commands=commands,
+        claims=[dict(id=id, claim=text, verdict=verdict(tests), tests=[test._asdict() | dict(verdict=judge(test))
+                                                                     for test in tests])
+                for id, (text, tests) in claims.items()],
+        measures={name: {data: {key: interval(mean, x_SP) for key, x_SP in some.items()}
+                         for data, some in parts.items()} for name, parts in table.items()},
+        seed_means={name: {data: {key: [round(float(x), 5) for x in x_SP.mean(1)] for key, x_SP in some.items()}
+                           for data, some in parts.items()} for name, parts in table.items()})
+
+
+def show(result):
+    """The study as text: a line for each model, then the claims with their tests."""
+    keys = ("pass@1", "pass@4", "pass@16", "distinct", "diversity", "entropy", "length")
+    lines = [f"{'model':18}{'problems':12}" + "".join(f"{key:>21}" for key in keys)]
+    for name, parts in result["measures"].items():
+        lines += [f"{name:18}{data:12}" + "".join("{:8.3f} [{:.3f}, {:.3f}]".format(*some[key]).rjust(21)
+                                                  for key in keys) for data, some in parts.items()]
+    for claim in result["claims"]:
+        lines += ["", f"{claim['id']}  {claim['verdict'].upper()}: {claim['claim']}"]
+        said = "    {what}: {0:+.4f} [{1:+.4f}, {2:+.4f}], {side} {bound:.3g}: {verdict}"
+        lines += [said.format(*test["value"], **test) for test in claim["tests"]]
+    return "\n".join(lines)
+
+
+def main(args):
+    place = Path(args.output or ("runs/study-quick" if args.quick else "results"))
+    check_place(str(place))
+    bench = Bench(ROOT / ("runs/study-quick" if args.quick else "runs/study"), args.quick, args.jobs)
+    seeds = range(1, args.seeds + 1)
+    from lab import toy  # built here once, not by every run at the same time
+    for name in ("toy", "toy-teacher")[:1 + (args.study == "stage1")]:
+        toy.build(name)
+    bench.make_all(STUDIES[args.study], seeds)
+    table = measure_all(bench, STUDIES[args.study], seeds)
+    result = summary(args.study, table, bench, seeds)
+    place.mkdir(parents=True, exist_ok=True)
+    write_atomically(place / f"{args.study}.json", json.dumps(result, indent=1) + "\n")
+    verdicts = {claim["id"]: claim["verdict"] for claim in result["claims"]}
+    drawn = pictures(args.study, table, bench, seeds, place, verdicts)
+    print(show(result))
+    print(f"written: {place / args.study}.json, {', '.join(map(str, drawn))}")
+
+
+def parse(argv=None):
+    parser = Parser("study", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("study", choices=tuple(STUDIES), help="which one")
+    parser.add_argument("--seeds", type=int, default=5, help="seeds 1 to so many")
+    parser.add_argument("--quick", action="store_true", help="few steps, few problems, in runs/study-quick")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at the same time, a core each")
+    parser.add_argument("--output", help="folder for the json and the pictures (default: results)")
+    args = parser.parse_args(argv)
+    for name in ("seeds", "jobs"):
+        if vars(args)[name] < 1:
+            parser.error(f"--{name} is {vars(args)[name]}; it must be at least 1")
+    return args
+
+
+if __name__ == "__main__":
+    try:
+        main(parse())
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on", file=sys.stderr)
+        os._exit(130)
