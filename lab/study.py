@@ -61,11 +61,13 @@ def then_grpo(start):
 
 
 RUNS = {
-    "grpo": Spec("grpo.py"),
-    "vepo": Spec("vepo.py"),
-    "entropy": Spec("vepo.py", dict(select="entropy")),
-    "grpo15": Spec("mupo.py", dict(clusters=1, max_steps=50)),  # GRPO with mupo.py's 15 answers and ε_high 0.28
-    "mupo": Spec("mupo.py", dict(max_steps=50)),
+    # Every arm has the paper's 12 answers to a problem; grpo.py is what --select all would be, to the last bit.
+    "grpo12": Spec("grpo.py", dict(num_generations=12)),
+    "entropy": Spec("vepo.py", dict(num_generations=12, select="entropy")),
+    "vepo": Spec("vepo.py", dict(num_generations=12)),
+    # Both arms have mupo.py's 15 answers and ε_high 0.28; one cluster is GRPO.
+    "grpo15": Spec("mupo.py", dict(clusters=1, prompts_per_step=32, max_steps=60)),
+    "mupo": Spec("mupo.py", dict(prompts_per_step=32, max_steps=60)),
     "opd": Spec("opd.py", WARM | dict(num_generations=1, max_steps=60)),
     "sft": Spec("sft.py", TRACES, "", ("opd",), 1),
     # These two wait for sft too, which has the teacher write the traces that all three learn.
@@ -76,7 +78,7 @@ RUNS = {
 WARM_STARTS = ("opd", "sft", "overtrained")
 STUDIES = {
     "stage1": ("base", "soft", *WARM_STARTS, *(f"{start}-grpo" for start in WARM_STARTS)),
-    "vepo": ("base", "grpo", "entropy", "vepo"),
+    "vepo": ("base", "grpo12", "entropy", "vepo"),
     "mupo": ("base", "grpo15", "mupo"),
 }
 POLL = 1.0  # seconds between two looks at a run
@@ -300,9 +302,9 @@ def vepo_claims(table, bench, seeds):
         "E2": ("VEPO beats top-entropy selection", [
             Test("pass@1, vepo - entropy", gap("vepo", "entropy"), "above", 0)]),
         "E4": ("top entropy alone is no better than all tokens", [
-            Test("pass@1, entropy - all tokens", gap("entropy", "grpo"), "below", 0.01)]),
+            Test("pass@1, entropy - all tokens", gap("entropy", "grpo12"), "below", 0.01)]),
         "VEPO against GRPO": ("VEPO beats crediting all tokens", [
-            Test("pass@1, vepo - all tokens", gap("vepo", "grpo"), "above", 0)]),
+            Test("pass@1, vepo - all tokens", gap("vepo", "grpo12"), "above", 0)]),
     }
 
 
@@ -331,9 +333,9 @@ def mupo_claims(table, bench, seeds):
 
 NAMES = {  # how a run is called in a picture
     "base": "base", "opd": "OPD", "sft": "SFT, early-stopped", "overtrained": "SFT, over-trained",
-    "soft": "SFT on soft targets", "grpo": "all tokens (GRPO)", "entropy": "top entropy", "vepo": "VEPO",
+    "soft": "SFT on soft targets", "grpo12": "all tokens (GRPO)", "entropy": "top entropy", "vepo": "VEPO",
     "grpo15": "GRPO", "mupo": "MUPO"}
-COLOURS = {"base": "base", "opd": "opd", "sft": "sft", "overtrained": "vepo", "soft": "other", "grpo": "grpo",
+COLOURS = {"base": "base", "opd": "opd", "sft": "sft", "overtrained": "vepo", "soft": "other", "grpo12": "grpo",
            "entropy": "sft", "vepo": "vepo", "grpo15": "grpo", "mupo": "mupo"}
 
 
@@ -377,7 +379,7 @@ def pictures(study, table, bench, seeds, place, verdicts):
     return [
         report.overlay(runs(STUDIES["mupo"][1:]), place / "mupo-curves.png", ["diversity", "entropy", "accuracy"],
                        "Fifteen answers to a problem, with and without groups of like reasoning"),
-        report.dots(panels, place / "mupo.png", "After 50 steps with fifteen answers to a problem", caption)]
+        report.dots(panels, place / "mupo.png", "After 60 steps with fifteen answers to a problem", caption)]
 
 
 def summary(study, table, bench, seeds):

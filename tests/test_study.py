@@ -102,8 +102,8 @@ def test_every_run_once_and_after_what_it_needs(bench, tmp_path, monkeypatch):
 
 def test_a_run_that_fails_is_one_line(bench, monkeypatch):
     monkeypatch.setenv("FAIL", "2")
-    with pytest.raises(UserError, match="grpo-2: fake.py ended with status 1, saying: error: no luck"):
-        bench.make_all(("grpo",), (1, 2))
+    with pytest.raises(UserError, match="vepo-2: fake.py ended with status 1, saying: error: no luck"):
+        bench.make_all(("vepo",), (1, 2))
 
 
 def test_measures_of_a_model(bench):
