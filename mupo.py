@@ -227,7 +227,7 @@ RECIPE = dict(
     learning_rate=1e-6, max_completion_length=2048, max_steps=150,
 )
 TOY = dict(
-    dataset="toy@train", eval_dataset="toy@test", prompts_per_step=64, updates_per_step=4, learning_rate=2e-4,
+    dataset="toy@train", eval_dataset="toy@test", prompts_per_step=32, updates_per_step=4, learning_rate=2e-4,
     warmup_steps=5, max_steps=70, max_completion_length=64, micro_batch_size=64, train_vision=True,
     gradient_checkpointing=False, num_generations=15, embedder="ngrams",
 )

@@ -66,8 +66,8 @@ RUNS = {
     "entropy": Spec("vepo.py", dict(num_generations=12, select="entropy")),
     "vepo": Spec("vepo.py", dict(num_generations=12)),
     # Both arms have mupo.py's 15 answers and ε_high 0.28; one cluster is GRPO.
-    "grpo15": Spec("mupo.py", dict(clusters=1, prompts_per_step=32, max_steps=60)),
-    "mupo": Spec("mupo.py", dict(prompts_per_step=32, max_steps=60)),
+    "grpo15": Spec("mupo.py", dict(clusters=1, max_steps=60)),
+    "mupo": Spec("mupo.py", dict(max_steps=60)),
     "opd": Spec("opd.py", WARM | dict(num_generations=1, max_steps=60)),
     "sft": Spec("sft.py", TRACES, "", ("opd",), 1),
     # These two wait for sft too, which has the teacher write the traces that all three learn.
