@@ -12,6 +12,7 @@ Parts, all in one process and one thread:
     trl       a step of grpo.py                against one of TRL's GRPOTrainer (skipped where trl cannot be imported);
               and loss and gradient of both for the same answers
     vepo      a step of vepo.py                against one of grpo.py, with one and with four updates to a rollout
+    mupo      embedding and clustering         as a share of a step of mupo.py, 64 problems, 15 answers, 3 clusters
     memory    what VEPO's two readings of 8 answers of 512 tokens need above the model, at Qwen's vocabulary
 
 What is compared is CPU time (time.process_time): both sides in turn in one run, and of the pairs' ratios the median.
@@ -44,6 +45,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer,
 
 import common
 import grpo
+import mupo
 import vepo
 from common import Rollout, encode, generator, micro_batches, read, sample, token_logps
 
@@ -209,6 +211,33 @@ def bench_vepo(args, policy, processor, problems):
                    **in_turn(*seconds, args.pairs, cost=lambda fn: fn()))
 
 
+def bench_mupo(args, policy, processor, problems):
+    """The share of a step of mupo.py that goes into embedding (n-grams) and clustering, and what each takes of it."""
+    paper = argparse.Namespace(**vars(args) | dict(problems=args.mupo_problems, num_generations=15))
+    wishes = dict(dataset=f"toy@train:{paper.problems}", updates_per_step=4, micro_batch_size=MICRO, embedder="ngrams",
+                  sample_batch_size=10**6, train_vision=True, gradient_checkpointing=False, clusters=3, min_cluster=3)
+    taken = []
+    for _ in range(args.pairs):
+        spent = dict(reasoning=[], ngrams=[], partition=[], diversity=[])
+        watched = {name: timed(getattr(mupo, name), calls) for name, calls in spent.items()}
+        whole = two_steps(mupo, paper, wishes, is_right=even_length, **watched)["cpu"]
+        each = [sum(calls[len(calls) // 2:]) for calls in spent.values()]  # the second step's half of the calls
+        taken.append((whole, sum(each[:2]), sum(each[2:])))
+    step, embedding, clustering = map(statistics.median, zip(*taken))
+    yield dict(case=f"{paper.problems} problems of 15", sides="clustering / step", wanted="<= 0.15",
+               seconds=[step, embedding, clustering], ratio=statistics.median((e + c) / s for s, e, c in taken))
+
+
+def timed(fn, calls):
+    """fn, which then adds the CPU seconds of each call to the list `calls`."""
+    def wrapped(*args, **kwargs):
+        began = time.process_time()
+        result = fn(*args, **kwargs)
+        calls.append(time.process_time() - began)
+        return result
+    return wrapped
+
+
 def bench_memory(args, policy, processor, problems):
     """The tabletop's body with Qwen's vocabulary: what is measured is the logits and what is made of them."""
     config = AutoConfig.from_pretrained(args.model)
@@ -338,7 +367,8 @@ def bench_shape(args):
 
 # --- the table --------------------------------------------------------------------------------------------------------
 
-PARTS = dict(sampler=bench_sampler, update=bench_update, trl=bench_trl, vepo=bench_vepo, memory=bench_memory)
+PARTS = dict(sampler=bench_sampler, update=bench_update, trl=bench_trl, vepo=bench_vepo, mupo=bench_mupo,
+             memory=bench_memory)
 
 
 def parse(argv=None):
@@ -348,6 +378,7 @@ def parse(argv=None):
     parser.add_argument("--pairs", type=int, default=5, help="how often both sides are measured")
     parser.add_argument("--problems", type=int, default=16, help="P, problems in a step")
     parser.add_argument("--num_generations", type=int, default=8, help="G, answers to each")
+    parser.add_argument("--mupo_problems", type=int, default=64, help="P of the part mupo, whose G is 15")
     parser.add_argument("--max_completion_length", type=int, default=64, help="tokens of an answer")
     parser.add_argument("--shape", choices=SHAPES, help="measure grpo.py at this size instead, with random weights")
     parser.add_argument("--device", choices=("cpu", "cuda")[:1 + torch.cuda.is_available()], default="cpu",

@@ -46,6 +46,17 @@ def test_steps_of_both_scripts(measure):
     assert [row["case"][-1] for row in rows] == ["1", "4"] and all(min(row["seconds"]) > 0 for row in rows)
 
 
+def test_what_clustering_takes_of_a_step(measure, monkeypatch):
+    """Every text is embedded and every group split inside the clock, in the second step as in the first."""
+    slow, seen = bench.mupo.partition, []
+    monkeypatch.setattr(bench.mupo, "partition", lambda *args: seen.append(1) or sum(range(300_000)) and slow(*args))
+    row, = measure("--parts", "mupo", "--mupo_problems", "4")
+    step, embedding, clustering = row["seconds"]
+    alone = bench.cpu_seconds(lambda: [sum(range(300_000)) for _ in range(4)] and None)
+    assert len(seen) == 2 * 4 and 0 < embedding and alone / 2 < clustering and embedding + clustering < step
+    assert row["ratio"] == pytest.approx((embedding + clustering) / step)
+
+
 def test_in_turn_divides_the_second_by_the_first():
     times = bench.in_turn(lambda: 2.0, lambda: 3.0, 3, cost=lambda fn: fn())
     assert times == dict(seconds=[2.0, 3.0], ratio=1.5)
