@@ -47,14 +47,26 @@ def test_steps_of_both_scripts(measure):
 
 
 def test_what_clustering_takes_of_a_step(measure, monkeypatch):
-    """Every text is embedded and every group split inside the clock, in the second step as in the first."""
-    slow, seen = bench.mupo.partition, []
-    monkeypatch.setattr(bench.mupo, "partition", lambda *args: seen.append(1) or sum(range(300_000)) and slow(*args))
+    """By a clock that only these functions move, at each call more: which of them are counted, and in which step."""
+    clock, cost = [0.0], dict(reasoning=1e-4, ngrams=1.0, partition=0.1, diversity=0.01, update=50.0)
+
+    def slow(name, plain, calls):
+        def tick(*args, **kwargs):
+            calls.append(cost[name] * (len(calls) + 1))
+            clock[0] += calls[-1]
+            return plain(*args, **kwargs)
+        return tick
+
+    monkeypatch.setattr(bench.time, "process_time", lambda: clock[0])
+    ticks = {name: [] for name in cost}
+    for name, calls in ticks.items():
+        monkeypatch.setattr(bench.mupo, name, slow(name, getattr(bench.mupo, name), calls))
     row, = measure("--parts", "mupo", "--mupo_problems", "4")
-    step, embedding, clustering = row["seconds"]
-    alone = bench.cpu_seconds(lambda: [sum(range(300_000)) for _ in range(4)] and None)
-    assert len(seen) == 2 * 4 and 0 < embedding and alone / 2 < clustering and embedding + clustering < step
-    assert row["ratio"] == pytest.approx((embedding + clustering) / step)
+    assert [len(calls) for calls in ticks.values()] == [2 * 60, 2, 2 * 4, 2 * 4, 2]
+    second = {name: sum(calls[len(calls) // 2:]) for name, calls in ticks.items()}
+    embedding, clustering = second["reasoning"] + second["ngrams"], second["partition"] + second["diversity"]
+    assert row["seconds"] == pytest.approx([sum(second.values()), embedding, clustering])
+    assert 0 < row["ratio"] < 1 and row["ratio"] == pytest.approx((embedding + clustering) / sum(second.values()))
 
 
 def test_in_turn_divides_the_second_by_the_first():
