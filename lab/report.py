@@ -290,14 +290,15 @@ def curves(output_dir, path=None):
     return draw(panels, path or Path(output_dir) / "curves.png", headline_of(rows), caption)
 
 
-def overlay(runs, path, keys=None, headline=None):
+def overlay(runs, path, keys=None, headline=None, colours=None):
     """Several runs in the same panels. runs: label -> output_dir, or a list of them, one per seed. Returns the path.
 
     keys: the metrics to draw, in this order; else all that two labels logged. headline: else the first metric's end.
+    colours: label -> colour; else a script's own.
     """
     logs = {label: [load_metrics(folder) for folder in ([dirs] if isinstance(dirs, (str, Path)) else dirs)]
             for label, dirs in runs.items()}
-    colours, panels = colours_of(runs), []
+    colours, panels = colours or colours_of(runs), []
     for key in keys or NAMES:
         lines = [Line(label, colours[label], *trace(logs[label], key)) for label in runs]
         lines = [line for line in lines if len(line.x)]

@@ -355,30 +355,33 @@ def pictures(study, table, bench, seeds, place, verdicts):
     said = "; ".join(f"{id} {word}" for id, word in verdicts.items())
     caption = f"Means over {len(seeds)} seeds and the held-out problems, 95% intervals over seeds and problems. {said}."
 
-    def runs(names):
-        return {NAMES[name.removesuffix("-grpo")]: [bench.folder(name, seed) for seed in seeds] for name in names}
+    def curves(names, file, keys, headline):
+        starts = {name: name.removesuffix("-grpo") for name in names}
+        return report.overlay({NAMES[starts[name]]: [bench.folder(name, seed) for seed in seeds] for name in names},
+                              place / file, keys, headline,
+                              {NAMES[start]: report.PALETTE[COLOURS[start]] for start in starts.values()})
 
     if study == "stage1":
         names = ("base", *WARM_STARTS, "soft")
         panels = [(f"pass@{k} {where}", "%", rows_of(table, names, f"pass@{k}", data))
                   for k in (1, 16) for where, data in (("in domain", IN), ("out of domain", OUT))]
         return [
-            report.overlay(runs([f"{name}-grpo" for name in WARM_STARTS]), place / "stage1-entropy.png",
-                           ["entropy", "accuracy"], "Through the same GRPO, from three warm starts"),
+            curves([f"{name}-grpo" for name in WARM_STARTS], "stage1-entropy.png", ["entropy", "accuracy"],
+                   "Through the same GRPO, from three warm starts"),
             report.dots(panels, place / "stage1.png", "Hollow: the warm start. Full: after the same GRPO", caption)]
     if study == "vepo":
         panels = [(title, unit, rows_of(table, STUDIES["vepo"], key)) for title, unit, key in (
             ("pass@1", "%", "pass@1"), ("pass@16", "%", "pass@16"), ("Different answers of 16", "", "distinct"))]
         return [
-            report.overlay(runs(STUDIES["vepo"][1:]), place / "vepo-curves.png", ["accuracy", "entropy"],
-                           "The same 70 steps, with credit for other tokens"),
+            curves(STUDIES["vepo"][1:], "vepo-curves.png", ["accuracy", "entropy"],
+                   "The same 70 steps, with credit for other tokens"),
             report.dots(panels, place / "vepo.png", "After 70 steps, with credit for other tokens", caption)]
     panels = [(title, unit, rows_of(table, STUDIES["mupo"], key)) for title, unit, key in (
         ("Diversity of reasoning", "", "diversity"), ("pass@1", "%", "pass@1"), ("pass@4", "%", "pass@4"),
         ("pass@16", "%", "pass@16"))]
     return [
-        report.overlay(runs(STUDIES["mupo"][1:]), place / "mupo-curves.png", ["diversity", "entropy", "accuracy"],
-                       "Fifteen answers to a problem, with and without groups of like reasoning"),
+        curves(STUDIES["mupo"][1:], "mupo-curves.png", ["diversity", "entropy", "accuracy"],
+               "Fifteen answers to a problem, with and without groups of like reasoning"),
         report.dots(panels, place / "mupo.png", "After 60 steps with fifteen answers to a problem", caption)]
 
 
