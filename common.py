@@ -504,8 +504,10 @@ class Policy(transformers.Qwen2_5_VLForConditionalGeneration):
         `others` are further readings of the same positions, as (policy, hidden_ND). So (B, T, V) never exists.
         """
         def one_chunk(tokens, hidden, *rest):
-            logits = [self.head(hidden, temperature)]
-            logits += [self.head(h, temperature) if policy is self else policy.head(h, temperature)
+            # The class's head, not the registered one: that would reduce the gradient after every chunk, and processes
+            # with other numbers of chunks would wait for each other for ever.
+            logits = [Policy.head(self, hidden, temperature)]
+            logits += [Policy.head(self, h, temperature) if policy is self else policy.head(h, temperature)
                        for (policy, _), h in zip(others, rest)]
             values = fn(*logits, tokens)
             return values if isinstance(values, tuple) else (values,)

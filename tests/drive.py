@@ -1,6 +1,7 @@
 """Runs a script as its command line would, with a reward that an untrained model can earn, and writes down what tests
 compare: every gradient (gathered), every answer. `python tests/drive.py grpo --model ...`, torchrun likewise.
 
+LOGITS=16384 makes small chunks of the head's positions.
 KILL_AT=3 ends the process with SIGKILL once the line of step 3 is written; KILL_AT=checkpoint while a checkpoint is."""
 
 import importlib
@@ -68,6 +69,7 @@ def go(name, *argv):
 
 
 if __name__ == "__main__":
+    common.LOGITS = int(os.environ.get("LOGITS", common.LOGITS))
     if os.environ.get("KILL_AT") == "checkpoint":
         common.write_atomically = lambda path, text, plain=common.write_atomically: (
             die() if path.endswith("state.json") else plain(path, text))

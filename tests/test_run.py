@@ -70,6 +70,16 @@ def test_trap_unwrapped_forward(folder, tmp_path):
     assert_same_run(one, two, gradients=1)
 
 
+def test_processes_with_other_numbers_of_chunks(folder, tmp_path):
+    """A process with more answer tokens meets more chunks of the head; the other must not wait for it half-way."""
+    flags = "--updates_per_step", 1, "--micro_batch_size", 3, "--max_steps", 1
+    one = drive(folder, tmp_path / "one", *flags, script="vepo")
+    command = "vepo", "--model", folder, "--output_dir", tmp_path / "two", *SMALL, "--num_generations", 3, *flags
+    done = run_script("tests/drive.py", *command, processes=2, timeout=180, LOGITS=str(2**13))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert_same_run(one, tmp_path / "two", gradients=1)
+
+
 def test_micro_batches_do_not_change_the_run(folder, tmp_path, alone):
     """One answer to a pass or all in one: the same run; so is a group in one packed row or in three."""
     for size in (1, 100):

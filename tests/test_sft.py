@@ -1,14 +1,20 @@
-"""sft.py: what is trained on, early stopping, and a teacher's verified answers kept on disk."""
+"""sft.py: what is trained on, early stopping, a teacher's verified answers and its distributions, a budget."""
 
+import itertools
 import json
 import math
+import shutil
 
 import pytest
 import torch
 
+import common
 import sft
+from lab import report, toy
+from test_opd import brute_kl, finite_differences, one_more_word
 from test_run import drive, metrics
 from test_sample import plain_logits
+from test_vepo import random_logits
 
 
 def test_trains_on_the_answer_alone(policy, processor, problems):
@@ -63,3 +69,82 @@ def test_teachers_answers_are_verified_and_kept(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(sft, "sample", None)  # would raise
     two = drive(folder, tmp_path / "two", *flags, script="sft")
     assert metrics(two) == metrics(one)
+
+
+@pytest.mark.parametrize("shape", [(), (3,), (2, 4)])
+def test_forward_kl_against_exact_sums(shape):
+    """The teacher's distribution comes first; also with ids that both forbid; the slope is the student's alone."""
+    ours, theirs = random_logits(*shape, 9), random_logits(*shape, 9, seed=1)
+    for banned in ([], [2, 7]):
+        ours[..., banned] = theirs[..., banned] = -1e9
+        pairs = zip(theirs.reshape(-1, 9).tolist(), ours.reshape(-1, 9).tolist())
+        kl = sft.forward_kl(ours, theirs)
+        assert kl.shape == shape
+        assert kl.flatten().tolist() == pytest.approx([brute_kl(*pair) for pair in pairs], abs=1e-12)
+    ours, theirs = random_logits(9).requires_grad_(), random_logits(9, seed=1).requires_grad_()
+    sft.forward_kl(ours, theirs).backward()
+    expected = finite_differences(lambda x: brute_kl(theirs.tolist(), x), ours.detach())
+    assert torch.allclose(ours.grad, expected, atol=1e-8) and ours.grad.norm() > 0.1 and theirs.grad is None
+
+
+def test_forward_kl_is_zero_without_gradient_between_equals():
+    logits = random_logits(6, 9)
+    logits[:, 3] = -1e9
+    ours = logits.clone().requires_grad_()
+    kl = sft.forward_kl(ours, torch.where(logits < -1e8, logits, logits + 2.0))
+    kl.sum().backward()
+    assert kl.abs().max() < 1e-12 and ours.grad.abs().max() < 1e-12
+
+
+@pytest.fixture
+def taught(folder, tmp_path, monkeypatch):
+    """Another untrained model as the teacher, half of whose answers are good enough, and the flags of a short run."""
+    toy.untrained(str(tmp_path / "teacher"), seed=2)
+    monkeypatch.setattr(sft, "format_reward", lambda problem, text: float(" " in text))
+    monkeypatch.setattr(report, "finish", lambda *given: "no page")
+    return (*FLAGS, "--teacher", tmp_path / "teacher", "--teacher_samples", 3, "--traces", tmp_path / "traces.jsonl",
+            "--dataset", "toy@train:24", "--eval_dataset", "none", "--max_steps", 1, "--held_out_traces", 4,
+            "--micro_batch_size", 3, "--soft_targets")
+
+
+@torch.no_grad()
+def mean_forward_kl(teacher, student, rollout):
+    """Over all tokens of the rollout, term by term, from the logits of both models."""
+    theirs, ours = (common.completion_logits(common.load_policy(str(path))[0], rollout)[rollout.mask_BT.bool()].tolist()
+                    for path in (teacher, student))
+    return math.fsum(map(brute_kl, theirs, ours)) / len(ours)
+
+
+def test_soft_targets(folder, tmp_path, monkeypatch, taught):
+    """The loss is the forward KL on the teacher's own traces; eval_loss too, of the student that the step has left."""
+    rollouts, plain = [], sft.forced
+    monkeypatch.setattr(sft, "forced", lambda *args: rollouts.append(plain(*args)) or rollouts[-1])
+    place = drive(folder, tmp_path / "run", *taught, script="sft")
+    line, = metrics(place)
+    assert set(rollouts[0].texts) <= {json.loads(row)["text"] for row in open(tmp_path / "traces.jsonl")}
+    assert line["loss"] == pytest.approx(mean_forward_kl(tmp_path / "teacher", folder, rollouts[0]), abs=1e-5)
+    assert line["eval_loss"] == pytest.approx(mean_forward_kl(tmp_path / "teacher", place, rollouts[1]), abs=1e-5)
+    assert line["loss"] > 0.1 and line["grad_norm"] > 0.01 and len(rollouts) == 2
+
+
+def test_soft_targets_need_a_teacher_with_the_same_tokenizer(capsys, folder, tmp_path, taught):
+    def line(*flags):
+        with pytest.raises(SystemExit) as caught:
+            drive(folder, tmp_path / "out", *flags, script="sft")
+        line, = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
+        assert caught.value.code == 2 and not (tmp_path / "out").exists()
+        return line
+    assert "name a --teacher" in line(*FLAGS, "--soft_targets")
+    one_more_word(shutil.copytree(tmp_path / "teacher", tmp_path / "other"))
+    assert "another tokenizer" in line(*taught, "--teacher", tmp_path / "other")
+
+
+def test_max_tokens_is_met_as_nearly_as_whole_steps_can(folder, tmp_path, monkeypatch):
+    """The tokens of so many steps are nearer to the budget than those of any other number; never no step at all."""
+    monkeypatch.setattr(report, "finish", lambda *given: "no page")
+    flags = *FLAGS, "--eval_dataset", "none", "--loss_steps", 100
+    long = metrics(drive(folder, tmp_path / "long", *flags, "--max_steps", 5, script="sft"))
+    totals = list(itertools.accumulate(line["tokens"] for line in long))
+    for budget in (1, int(0.48 * totals[4]), int(0.72 * totals[4])):  # 2.4 and 3.6 steps, or so
+        lines = metrics(drive(folder, tmp_path / f"{budget}", *flags, "--max_tokens", budget, script="sft"))
+        assert sum(line["tokens"] for line in lines) == min(totals, key=lambda total: abs(total - budget))
