@@ -123,7 +123,7 @@ def test_scripts_import_no_script_and_nothing_from_lab_at_the_top():
 
 
 def test_every_trap_has_its_test():
-    """One test for each trap of the field that the project knows; opd.py brings number 16."""
+    """One test for each trap of the field that the project knows."""
     traps = """temperature truncated_sampling vision_tokens_sampled end_of_text mrope left_padding image_rows
         prompt_truncation pixel_budget ratio kl normaliser masks group_std entropy double_detach unwrapped_forward
         sharded_generate bf16_adam checkpointing_and_cache seeds stale_rope_deltas regex unreadable_gold

@@ -1,6 +1,7 @@
 """The real loading code on small files of the hub's layout: a checkpoint folder, a parquet of Geometry3K's schema."""
 
 import io
+import argparse
 import json
 import shutil
 
@@ -99,7 +100,9 @@ def test_trap_bf16_adam(folder, tmp_path):
     AutoModelForImageTextToText.from_pretrained(folder).to(torch.bfloat16).save_pretrained(tmp_path)
     for name in ("tokenizer.json", "tokenizer_config.json", "preprocessor_config.json", "chat_template.jinja"):
         shutil.copy(f"{folder}/{name}", tmp_path)
-    policy, _ = common.load_policy(str(tmp_path))
+    assert common.load_policy(str(tmp_path))[0].dtype == torch.bfloat16  # a model that is only read stays as it is
+    args = argparse.Namespace(max_pixels=10**6, train_vision=False, gradient_checkpointing=False)
+    policy, _ = common.load_policy(str(tmp_path), train=True, args=args)
     assert all(p.dtype == torch.float32 for p in policy.parameters())
     weight = policy.model.language_model.layers[0].mlp.up_proj.weight.requires_grad_()
     before = weight.detach().clone()
