@@ -531,7 +531,7 @@ def load_policy(name, run=None, train=False, args=None):
         if config.model_type != "qwen2_5_vl":
             raise UserError(f"--model {name} is a {config.model_type}; only Qwen2.5-VL (qwen2_5_vl) is read here")
         tokenizer, pictures = AutoTokenizer.from_pretrained(folder), AutoImageProcessor.from_pretrained(folder)
-        dtype = torch.float32 if train else config.dtype
+        dtype = torch.float32 if train or not config.dtype else config.dtype
         policy = load_shards(folder, config, dtype, run.device) if run and run.sharded else load_whole(folder, dtype)
     except (OSError, ValueError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:120]

@@ -29,8 +29,8 @@ Shapes: P problems, G answers to each, B = P·G answers, T tokens of the longest
     python opd.py                                                                         a laptop, minutes
     accelerate launch opd.py --model Qwen/Qwen2.5-VL-7B-Instruct                          the paper's size, several GPUs
 
-The teacher only reads: its weights (2 bytes each) are sharded over all GPUs and gathered one layer at a time; embedding and
-head stay gathered. While it is loaded the first process holds it whole in the CPU's memory.
+The teacher only reads: its weights (2 bytes each) are sharded over all GPUs and gathered one layer at a time; embedding
+and head stay gathered. While it is loaded the first process holds it whole in the CPU's memory.
 
 A healthy run: teacher_kl falls fast, then slowly; accuracy rises towards the teacher's; entropy falls if the teacher is
 surer than the student, but need not.

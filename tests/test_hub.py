@@ -1,7 +1,7 @@
 """The real loading code on small files of the hub's layout: a checkpoint folder, a parquet of Geometry3K's schema."""
 
-import io
 import argparse
+import io
 import json
 import shutil
 
