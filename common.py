@@ -419,6 +419,7 @@ class Run:
             self.say(f"look at {report.finish(self.folder, self.pictures)}; the model is in {self.folder}")
             for step in self.checkpoints():
                 shutil.rmtree(self.path(f"checkpoint-{step}"))
+        self.accelerator.wait_for_everyone()  # a process that ends while another still works can abort on its way out
         self.accelerator.end_training()
 
 
@@ -495,8 +496,7 @@ class Policy(transformers.Qwen2_5_VLForConditionalGeneration):
     def head(self, hidden_ND, temperature):
         """Logits (N, V) in fp32, divided by the temperature; forbidden ids at -1e9 (with -inf, 0·inf is NaN)."""
         logits_NV = self.lm_head(hidden_ND)[:, :self.vocabulary].float() / temperature
-        banned = torch.tensor(self.banned, device=logits_NV.device)
-        return logits_NV.index_fill(1, banned, -1e9)
+        return logits_NV.index_fill(1, torch.tensor(self.banned, device=logits_NV.device), -1e9)
 
     def reduce(self, fn, tokens_N, temperature, hidden_ND, *others):
         """fn(*logits_NV, tokens_N) of every position, LOGITS at a time, recomputed in the backward pass.
