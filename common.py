@@ -432,8 +432,8 @@ def check_place(folder):
 
 def write_atomically(path, text):
     """Writes `text` beside `path`, then renames: a kill leaves the old file or the new one, never half of one."""
-    Path(f"{path}.tmp").write_text(text)
-    os.replace(f"{path}.tmp", path)
+    Path(f"{path}.{os.getpid()}.tmp").write_text(text)  # two runs may write one file, such as a teacher's traces
+    os.replace(f"{path}.{os.getpid()}.tmp", path)
 
 
 def generator(*key):
