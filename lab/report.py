@@ -330,21 +330,23 @@ def pass_at_k(results, path):
 def dots(panels, path, headline, caption):
     """Measures side by side, a panel each, models below each other, into `path`, which is returned.
 
-    panels: [(title, unit, [(label, colour, [(mean, low, high), ...])])], the labels the same in all; of several
-    intervals of one model the last is drawn full, those before it hollow and above it.
+    panels: [(title, unit, [(label, colour, [(mean, low, high), ...])])], the labels the same in all; where models have
+    several intervals the last is drawn full, those before it (or a model's only one) hollow and above it.
     """
+    most = max(len(marks) for _, _, lines in panels for *_, marks in lines)
     with matplotlib.rc_context(STYLE | {"axes.grid.axis": "x"}):
         figure = frame(headline, caption, 0.36 * len(panels[0][2]) + 1.15)
         for axis, (title, unit, lines) in zip(figure.subplots(1, len(panels), sharey=True, squeeze=False)[0], panels):
             for y, (_, colour, marks) in enumerate(lines):
                 for place, (mean, low, high) in enumerate(marks):
-                    full, height = place == len(marks) - 1, y + 0.26 * (place - (len(marks) - 1) / 2)
+                    full, height = place == most - 1, y + 0.26 * (place - (len(marks) - 1) / 2)
                     axis.plot((low, high), (height, height), color=colour, alpha=0.9 if full else 0.45)
                     axis.plot(mean, height, "o", markersize=5.5, color=colour, markeredgecolor=colour,
                               markeredgewidth=1.2, markerfacecolor=colour if full else "white")
             axis.set_title(title)
             axis.set_yticks(range(len(lines)), labels=[label for label, *_ in lines])
             axis.set_ylim(len(lines) - 0.5, -0.5)
+            axis.margins(x=0.05)  # no dot is cut at 100%
             axis.xaxis.set_major_formatter(lambda x, _, unit=unit: f"{100 * x:.3g}%" if unit == "%" else f"{x:.3g}")
             axis.xaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 2.5, 5, 10]))
         return save(figure, path)

@@ -562,3 +562,16 @@ def test_as_a_script_it_finds_common_in_the_folder_above(tmp_path):
     command = [sys.executable, str(Path("lab", "report.py")), "nowhere"]
     run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert run.returncode == 2 and run.stderr.splitlines()[-1].startswith("error: nowhere")
+
+
+def test_dots_are_full_where_training_ended(tmp_path, monkeypatch):
+    """A dot to each interval, at its mean; hollow but for the last, and for a model that was measured only before."""
+    figures, plain = [], report.save
+    monkeypatch.setattr(report, "save", lambda figure, path: figures.append(figure) or plain(figure, path))
+    lines = [("base", "red", [(0.4, 0.3, 0.5)]), ("trained", "blue", [(0.5, 0.4, 0.6), (1.0, 0.9, 1.0)])]
+    assert_png(report.dots([("pass@1", "%", lines), ("entropy", "", lines)], tmp_path / "dots.png", "a", "b"))
+    for axis in figures[0].axes:
+        dots = [line for line in axis.lines if line.get_marker() == "o"]
+        assert [float(dot.get_xdata()[0]) for dot in dots] == [0.4, 0.5, 1.0]
+        assert [dot.get_markerfacecolor() for dot in dots] == ["white", "white", "blue"]
+        assert axis.get_xlim()[1] > 1.0
