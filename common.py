@@ -529,13 +529,13 @@ def load_policy(name, run=None, train=False, args=None):
     try:
         config = AutoConfig.from_pretrained(folder)
         if config.model_type != "qwen2_5_vl":
-            raise UserError(f"--model {name} is a {config.model_type}; only Qwen2.5-VL (qwen2_5_vl) is read here")
+            raise UserError(f"model {name} is a {config.model_type}; only Qwen2.5-VL (qwen2_5_vl) is read here")
         tokenizer, pictures = AutoTokenizer.from_pretrained(folder), AutoImageProcessor.from_pretrained(folder)
         dtype = torch.float32 if train or not config.dtype else config.dtype
         policy = load_shards(folder, config, dtype, run.device) if run and run.sharded else load_whole(folder, dtype)
     except (OSError, ValueError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:120]
-        raise UserError(f"--model {name} is no folder or name of a model that can be loaded: {reason}") from None
+        raise UserError(f"model {name} is no folder or name of a model that can be loaded: {reason}") from None
     pictures.size = dict(shortest_edge=MIN_PIXELS, longest_edge=args.max_pixels if args else MAX_PIXELS)
     policy.prepare(tokenizer).requires_grad_(train).train(train and args.gradient_checkpointing)  # off in eval mode
     policy.model.visual.requires_grad_(train and args.train_vision)
