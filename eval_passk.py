@@ -172,6 +172,7 @@ def main(args):
         print(table(results, ks))
         print(f"{args.num_samples} samples a problem at temperature {args.temperature}, seed {args.seed}; "
               f"± is half a 95% interval\nwritten: {', '.join(sorted(os.listdir(run.folder)))} in {run.folder}")
+    run.accelerator.wait_for_everyone()  # a process that ends while another still works can abort on its way out
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ Shapes: B traces, T tokens of the longest.
     python sft.py                                                                         a laptop, a minute
     accelerate launch sft.py --model Qwen/Qwen2.5-VL-7B-Instruct --teacher Qwen/Qwen2.5-VL-32B-Instruct
 
-While it samples, a teacher stands whole on every GPU (bf16, 2 bytes a weight, beside its fp32 shard).
+While it samples, a teacher stands whole on every GPU (bf16, 2 bytes a weight, beside its shard).
 
 A healthy run: loss and eval_loss fall together; where eval_loss turns up, over-training begins.
 """
@@ -103,10 +103,11 @@ def flags(parser):
     parser.add_argument("--loss_steps", type=int, default=10, help="eval_loss every so many steps")
 
 
-def teacher_traces(run, problems):
+def teacher_traces(run, problems, loaded=None):
     """The teacher's answers to `problems` that are right and well-formed, as problems with a trace.
 
-    All answers are kept in a file, a line each; a stopped sampling goes on behind the last whole problem.
+    All answers are kept in a file, a line each; a stopped sampling goes on behind the last whole problem. `loaded` is
+    the teacher with its processor where both are at hand; else they are loaded if something is left to sample.
     """
     args = run.args
     asked = [args.teacher, args.dataset, args.teacher_samples, args.temperature, args.max_completion_length, args.seed,
@@ -116,7 +117,7 @@ def teacher_traces(run, problems):
     rows = run.read_lines(path)
     done = {row["id"] for row in rows}
     left = [problem for problem in problems if problem["id"] not in done]
-    teacher, processor = load_policy(args.teacher, run) if left else (None, None)
+    teacher, processor = loaded or (load_policy(args.teacher, run) if left else (None, None))
     share = max(1, args.sample_batch_size // args.teacher_samples) * run.world
     for start in tqdm(range(0, len(left), share), desc="teacher", disable=not run.is_main):
         mine = left[start:start + share][run.rank::run.world]
@@ -152,7 +153,13 @@ def main(args):
     if 0 < args.held_out_traces < run.world:
         raise UserError(f"--held_out_traces {args.held_out_traces}: give 0, or one to each of {run.world} processes")
     problems, held_out = load_problems(args.dataset), load_problems(args.eval_dataset)
-    examples = problems if args.teacher == "none" else teacher_traces(run, problems)
+    policy, processor = load_policy(args.model, run, train=True)
+    cost, readers, loaded = hard, [policy], None
+    if args.soft_targets:
+        loaded = teacher, teacher_processor = load_policy(args.teacher, run)
+        check_vocabulary(args, processor, teacher_processor)  # before the teacher samples for hours
+        cost, readers = soft, [policy, teacher]
+    examples = problems if args.teacher == "none" else teacher_traces(run, problems, loaded)
     without = [problem["id"] for problem in examples if not problem.get("trace")]
     if without or len(examples) <= args.held_out_traces:
         what = f"problem {without[0]} has no trace" if without else f"there are only {len(examples)} traces"
@@ -160,15 +167,9 @@ def main(args):
     kept, examples = examples[:args.held_out_traces], examples[args.held_out_traces:]
     if args.num_train_epochs:
         args.max_steps = args.num_train_epochs * (len(examples) // args.prompts_per_step)
-    policy, processor = load_policy(args.model, run, train=True)
     if args.max_tokens:
         lengths = [len(processor.tokenizer(example["trace"]).input_ids) + 1 for example in examples]  # 1: the end token
         args.max_steps = max(1, round(args.max_tokens * len(lengths) / sum(lengths) / args.prompts_per_step))
-    cost, readers = hard, [policy]
-    if args.soft_targets:
-        teacher, teacher_processor = load_policy(args.teacher, run)
-        check_vocabulary(args, processor, teacher_processor)
-        cost, readers = soft, [policy, teacher]
     run.state["eval_losses"] = []
     run.begin(policy, processor, examples, held_out)
 

@@ -137,6 +137,7 @@ def test_soft_targets_need_a_teacher_with_the_same_tokenizer(capsys, folder, tmp
     assert "name a --teacher" in line(*FLAGS, "--soft_targets")
     one_more_word(shutil.copytree(tmp_path / "teacher", tmp_path / "other"))
     assert "another tokenizer" in line(*taught, "--teacher", tmp_path / "other")
+    assert not (tmp_path / "traces.jsonl").exists()  # known before the teacher has sampled anything
 
 
 def test_max_tokens_is_met_as_nearly_as_whole_steps_can(folder, tmp_path, monkeypatch):
