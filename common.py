@@ -223,7 +223,7 @@ class Run:
         self.policy, self.processor, self.held_out, args = policy, processor, held_out, self.args
         if args.prompts_per_step > len(problems):
             raise UserError(f"--prompts_per_step {args.prompts_per_step}: {args.dataset} has {len(problems)} problems")
-        lengths, scaled, kinds = check_prompts(processor, [*problems, *held_out], args)
+        lengths, scaled, kinds = check_prompts(processor, (p for some in (problems, held_out) for p in some), args)
         trained = [p for p in policy.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(trained, lr=args.learning_rate, weight_decay=args.weight_decay)
         self.open_folder()

@@ -91,15 +91,15 @@ def answer_all(run, model, name, problems, path, rows):
                max_completion_length=args.max_completion_length, max_pixels=args.max_pixels, seed=args.seed)
     rows = [row for row in rows if key.items() <= row.items()]
     done = {row["id"] for row in rows}
-    left = [problem for problem in problems if problem["id"] not in done]
+    left = [place for place, problem in enumerate(problems) if problem["id"] not in done]
     policy, processor = load_policy(model, run) if left else (None, None)
     if left:
-        check_prompts(processor, left, args)
+        check_prompts(processor, (problems[place] for place in left), args)
     settings = dict(max_completion_length=args.max_completion_length, sample_batch_size=args.sample_batch_size)
     share = max(1, args.sample_batch_size // args.num_samples) * run.world
     for start in tqdm(range(0, len(left), share), desc=f"{model} on {name}", disable=not run.is_main):
-        mine = left[start:start + share][run.rank::run.world]
-        asked = mine or left[:1]  # a process without a share samples all the same: the weights are gathered together
+        mine = [problems[place] for place in left[start:start + share][run.rank::run.world]]
+        asked = mine or [problems[left[0]]]  # without a share it samples too: the weights are gathered by all
         many = sample(policy, processor, asked, args.num_samples, seed=(args.seed, "eval"),
                       temperature=args.temperature, **settings)
         greedy = sample(policy, processor, asked, 1, seed=(args.seed, "eval"), temperature=0, **settings)

@@ -19,8 +19,8 @@ advantage is the log-ratio:
 Its mean over o_t is the gradient of (1), with more noise.
 
 Departures:
- 1. (2) is not the gradient of the sequence KL(π‖π_T): that has one more term, E[Σ_t ∇log p_t(o_t)·Σ_{s>t} KL_s], by
-    which a token would answer for the prefixes that it leads to.
+ 1. The gradient of Σ_t KL_t is not that of the sequence KL(π‖π_T), which has one more term,
+    E[Σ_t ∇log p_t(o_t)·Σ_{s>t} KL_s], by which a token would answer for the prefixes that it leads to.
  2. The paper fixes neither temperature nor truncation: here T = 1 and the full vocabulary.
  3. The vision tower is frozen unless --train_vision.
 

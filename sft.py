@@ -12,8 +12,9 @@ given problems: --teacher_samples are sampled to each, and those that are right 
 sampling). They are kept on disk too, so that another run with the same teacher does not sample again.
 
 --soft_targets puts the teacher's whole distribution q_t in the place of the trace's one token, the forward KL that
-distillation off-policy minimises (Hinton et al., arXiv 1503.02531): between opd.py and this script it changes one thing
-at a time, whose answers are read, and what is asked of each token.
+distillation off-policy minimises (Hinton et al., arXiv 1503.02531). It stands between (1), which asks for one word on
+the same traces, and opd.py, which asks for a distribution too, but on the student's own answers and in the other
+direction of the KL.
 
     L = Σ_bt m_bt·KL(q_bt‖π_bt) / Σ_bt m_bt                                                                      (2)
 
@@ -30,9 +31,11 @@ While it samples, a teacher stands whole on every GPU (bf16, 2 bytes a weight, b
 A healthy run: loss and eval_loss fall together; where eval_loss turns up, over-training begins.
 """
 
+import collections
 import hashlib
 import json
 import os
+from collections.abc import Sequence
 
 import torch
 from tqdm import tqdm
@@ -103,38 +106,75 @@ def flags(parser):
     parser.add_argument("--loss_steps", type=int, default=10, help="eval_loss every so many steps")
 
 
-def teacher_traces(run, problems, loaded=None):
-    """The teacher's answers to `problems` that are right and well-formed, as problems with a trace.
+class Traced(Sequence):
+    """Problems with a trace each. pairs: a list of (place in `problems`, text). Pictures are opened when asked for."""
 
-    All answers are kept in a file, a line each; a stopped sampling goes on behind the last whole problem. `loaded` is
-    the teacher with its processor where both are at hand; else they are loaded if something is left to sample.
+    def __init__(self, problems, pairs):
+        self.problems, self.pairs = problems, pairs
+
+    def __len__(self):
+        return len(self.pairs)
+
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return Traced(self.problems, self.pairs[index])
+        place, text = self.pairs[index]
+        return self.problems[place] | dict(trace=text)
+
+
+def fingerprint(model):
+    """Size and time of a local model's weights, so that answers of older weights are not taken for its own."""
+    path = os.path.join(model, "model.safetensors.index.json")
+    path = path if os.path.exists(path) else os.path.join(model, "model.safetensors")
+    return f"{os.path.getsize(path)}-{os.path.getmtime(path)}" if os.path.exists(path) else model
+
+
+def kept_answers(run, path, asked):
+    """The rows of the file of traces that are the answers to `asked`, whole problems only."""
+    try:
+        rows = [row for row in run.read_lines(path) if asked.items() <= row.items()]
+        answers = collections.Counter(row["id"] for row in rows)
+    except (OSError, ValueError, AttributeError, KeyError) as error:
+        raise UserError(f"--traces {path} is no file of traces ({error}); move it away or name another") from None
+    return [row for row in rows if answers[row["id"]] >= run.args.teacher_samples]
+
+
+def teacher_traces(run, problems, loaded=None):
+    """The teacher's answers to `problems` that are right and well-formed, as problems with a trace, in their order.
+
+    All answers are kept in a file, a line each; a stopped sampling goes on behind the last whole problem, and answers
+    to other settings are left alone. `loaded` is the teacher with its processor where both are at hand; else they are
+    loaded if something is left to sample.
     """
-    args = run.args
-    asked = [args.teacher, args.dataset, args.teacher_samples, args.temperature, args.max_completion_length, args.seed,
-             args.max_pixels]
+    args, ids = run.args, [problem["id"] for problem in tqdm(problems, desc="problems", delay=5, leave=False)]
+    asked = dict(teacher=args.teacher, weights=fingerprint(args.teacher), dataset=args.dataset, n=args.teacher_samples,
+                 temperature=args.temperature, max_completion_length=args.max_completion_length,
+                 max_pixels=args.max_pixels, seed=args.seed)
     path = args.traces or f"runs/traces-{hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:12]}.jsonl"
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-    rows = run.read_lines(path)
+    rows = kept_answers(run, path, asked)
     done = {row["id"] for row in rows}
-    left = [problem for problem in problems if problem["id"] not in done]
+    left = [place for place, id in enumerate(ids) if id not in done]
     teacher, processor = loaded or (load_policy(args.teacher, run) if left else (None, None))
     share = max(1, args.sample_batch_size // args.teacher_samples) * run.world
     for start in tqdm(range(0, len(left), share), desc="teacher", disable=not run.is_main):
-        mine = left[start:start + share][run.rank::run.world]
+        mine = [problems[place] for place in left[start:start + share][run.rank::run.world]]
         rollout = sample(  # a process without a share samples all the same: the weights are gathered together
-            teacher, processor, mine or left[:1], args.teacher_samples, seed=(args.seed, "teacher"),
+            teacher, processor, mine or [problems[left[0]]], args.teacher_samples, seed=(args.seed, "teacher"),
             temperature=args.temperature, max_completion_length=args.max_completion_length,
             sample_batch_size=args.sample_batch_size,
         )
         new = [dict(id=p["id"], text=text, tokens=int(n), right=is_right(p, text) and format_reward(p, text) == 1.0)
                for p, text, n in zip(rollout.problems, rollout.texts, rollout.mask_BT.sum(1))]
         new = [row for theirs in run.gather(new if mine else []) for row in theirs]
-        run.append(path, new)
+        run.append(path, [asked | row for row in new])
         rows += new
-    of = {problem["id"]: problem for problem in problems}
-    kept = {(row["id"], row["text"]): None for row in rows if row["right"] and row["id"] in of}
-    run.say(f"{args.teacher}: {len(rows)} answers, {len(kept)} right, well-formed and distinct; kept in {path}")
-    return [of[id] | dict(trace=text) for id, text in kept]
+    texts = {id: {} for id in ids}  # a dict for its order: each text once
+    for row in rows:
+        texts[row["id"]] |= {row["text"]: None} if row["right"] else {}
+    pairs = [(place, text) for place, id in enumerate(ids) for text in texts[id]]
+    run.say(f"{args.teacher}: {len(rows)} answers, {len(pairs)} right, well-formed and distinct; kept in {path}")
+    return Traced(problems, pairs)
 
 
 def check_vocabulary(args, processor, teacher_processor):
@@ -160,15 +200,17 @@ def main(args):
         check_vocabulary(args, processor, teacher_processor)  # before the teacher samples for hours
         cost, readers = soft, [policy, teacher]
     examples = problems if args.teacher == "none" else teacher_traces(run, problems, loaded)
-    without = [problem["id"] for problem in examples if not problem.get("trace")]
-    if without or len(examples) <= args.held_out_traces:
-        what = f"problem {without[0]} has no trace" if without else f"there are only {len(examples)} traces"
+    traces = [example.get("trace") for example in tqdm(examples, desc="traces", delay=5, leave=False)]
+    bare = [place for place, trace in enumerate(traces) if not trace]
+    if bare or len(traces) <= args.held_out_traces:
+        what = f"problem {examples[bare[0]]['id']} has no trace" if bare else f"there are only {len(traces)} traces"
         raise UserError(f"{args.dataset}: {what}; give a column `trace`, or a --teacher, or fewer --held_out_traces")
     kept, examples = examples[:args.held_out_traces], examples[args.held_out_traces:]
     if args.num_train_epochs:
         args.max_steps = args.num_train_epochs * (len(examples) // args.prompts_per_step)
     if args.max_tokens:
-        lengths = [len(processor.tokenizer(example["trace"]).input_ids) + 1 for example in examples]  # 1: the end token
+        learned = traces[args.held_out_traces:]
+        lengths = [len(processor.tokenizer(trace).input_ids) + 1 for trace in learned]  # 1: the end token
         args.max_steps = max(1, round(args.max_tokens * len(lengths) / sum(lengths) / args.prompts_per_step))
     run.state["eval_losses"] = []
     run.begin(policy, processor, examples, held_out)

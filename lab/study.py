@@ -17,16 +17,20 @@ Held out are 128 problems of toy@study, at which nothing else in this repository
 answers to each. All seeds start from the same base and answer the same problems, so an interval draws seeds and
 problems with replacement, the same problems for every seed drawn and for every arm: a paired, crossed bootstrap of
 10,000 draws. (To draw problems anew for each seed would be narrower, and wrong where a problem suits one arm whatever
-the seed.) Five seeds are few: percentile intervals over five values are too narrow, read a bare "holds" as a hint.
+the seed.) Five seeds are few: percentile intervals over five values are too narrow, read a bare "holds" as a hint. One
+seed gives no verdict: every claim stays open.
 """
 
 import argparse
 import concurrent.futures
+import itertools
 import json
 import os
 import queue
+import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import namedtuple
 from pathlib import Path
@@ -40,7 +44,7 @@ sys.path.insert(0, str(ROOT))  # run as a script, Python looks in lab/, not in t
 import eval_passk
 import mupo
 from common import Parser, UserError, check_place, write_atomically
-from lab import report
+from lab import report, toy
 
 # --- what is run: fixed on toy@test with seed 0, before toy@study was looked at ----------------------------------------
 
@@ -95,9 +99,19 @@ class Bench:
         for core in able[:jobs]:
             self.cores.put(core)
         self.jobs = min(jobs, len(able))
+        self.running, self.lock, self.stopped = set(), threading.Lock(), False
 
     def folder(self, name, seed):
         return self.place / f"{name}-{seed}"
+
+    def last_file(self, name, seed):
+        """What a run or a measurement writes last: where it is, all is."""
+        return self.folder(name, seed) / ("eval.json" if name.startswith("eval-") else "preprocessor_config.json")
+
+    def needs(self, name):
+        """The runs that must be done before a run or the measurement of one."""
+        run = name.removeprefix("eval-")
+        return RUNS[name].needs if name in RUNS else (run,) if run in RUNS else ()
 
     def model(self, name, seed):
         return str(self.folder(name, seed)) if name and name != "base" else "toy"
@@ -123,36 +137,84 @@ class Bench:
         for need in needs:
             need.result()
         folder, (script, flags) = self.folder(name, seed), self.command(name, seed)
-        if (folder / ("eval.json" if name.startswith("eval-") else "config.json")).exists():
-            return check_same(folder, flags)
+        if self.last_file(name, seed).exists():
+            return self.check_done(name, seed, flags)
         core, log = self.cores.get(), folder.with_name(f"{folder.name}.log")
         self.place.mkdir(parents=True, exist_ok=True)
         argv = [f"--{key}" if value is True else f"--{key}={value}" for key, value in flags.items()]
         with open(log, "w") as output:
-            process = subprocess.Popen(
-                [sys.executable, script, *argv, f"--output_dir={folder}", "--resume"], cwd=ROOT, stdout=output,
-                stderr=subprocess.STDOUT, env=os.environ | dict(OMP_NUM_THREADS="1", TQDM_MININTERVAL="5"))
-            if core is not None:
-                os.sched_setaffinity(process.pid, [core])  # a run takes all the cores that it may
+            process = self.start([sys.executable, script, *argv, f"--output_dir={folder}", "--resume"], output, core)
             while process.poll() is None:
                 time.sleep(POLL)
                 metrics = folder / "metrics.jsonl"
                 self.steps[folder.name] = metrics.read_bytes().count(b"\n") if metrics.exists() else 0
+        self.running.discard(process)
         self.steps.pop(folder.name, None)
         self.cores.put(core)
         if process.returncode:
-            said = log.read_text(errors="replace").strip().splitlines() or [""]
+            said = log.read_text(errors="replace").splitlines() or [""]
+            said = [line for line in said if line.startswith("error")] or said  # a bar may have the last line
             raise UserError(f"{folder.name}: {script} ended with status {process.returncode}, saying: {said[-1][-200:]}")
+
+    def start(self, argv, output, core):
+        """The process of a run, on one core: a run takes all that it may."""
+        with self.lock:
+            if self.stopped:
+                raise UserError("stopped")
+            process = subprocess.Popen(argv, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT,
+                                       env=os.environ | dict(OMP_NUM_THREADS="1", TQDM_MININTERVAL="5"))
+            self.running.add(process)
+        if core is not None:
+            os.sched_setaffinity(process.pid, [core])
+        return process
+
+    def stop(self):
+        """Ends the runs that are under way: nobody would look after them. They go on from their checkpoints."""
+        with self.lock:
+            self.stopped = True
+        for process in list(self.running):
+            process.terminate()
+            process.wait()
+
+    def check_done(self, name, seed, flags):
+        """UserError if a finished run had other flags than it would have now, or one that it needs was made anew."""
+        folder, done = self.folder(name, seed), self.last_file(name, seed)
+        for before in self.flags_of(name, seed):
+            for key, value in flags.items():
+                if str(before.get(key, value)) != str(value) and key not in ("traces", "model"):  # these hold paths
+                    raise UserError(f"{folder} was run with --{key} {before[key]}, now it would be {value}; move it away")
+        for need in self.needs(name):
+            if self.last_file(need, seed).stat().st_mtime > done.stat().st_mtime:
+                raise UserError(f"{folder} is older than {self.folder(need, seed)}, which it needs; move it away too")
+
+    def flags_of(self, name, seed):
+        """The flags that a finished run was started with, a list of one; of a measurement what its results say."""
+        folder = self.folder(name, seed)
+        if not name.startswith("eval-"):
+            return report.load(folder, "args.json", ["seed"])
+        parts = json.loads((folder / "eval.json").read_text())
+        return [dict(dataset=",".join(dict.fromkeys(part["dataset"] for part in parts)), seed=part["seed"],
+                     num_samples=part["n"], ks=",".join(map(str, part["ks"]))) for part in parts]
+
+    def check_seeds(self, names, seeds):
+        """UserError unless a run had the same settings under every seed, those that no flag was given for too."""
+        own = {"seed", "model", "output_dir", "traces", "max_tokens"}  # the rest of SFT's length follows from max_tokens
+        for name in names:
+            first, *others = [self.flags_of(name, seed)[0] for seed in seeds]
+            for seed, other in zip(seeds[1:], others):
+                for key in sorted({*first, *other} - own - ({"max_steps"} if RUNS[name].tokens else set())):
+                    if first.get(key) != other.get(key):
+                        raise UserError(f"{self.folder(name, seed)} was run with --{key} {other.get(key)}, seed {seeds[0]} "
+                                        f"with {first.get(key)}; move one of them away")
 
     def make_all(self, names, seeds):
         """All runs of `names`, for all seeds, with what they need, and a measurement of each."""
         order = [name for name in RUNS if any(name in closure(wanted) for wanted in names)]
-        evals = [f"eval-{name}" for name in names]
         futures, pool = {}, concurrent.futures.ThreadPoolExecutor(self.jobs)
-        for name in [*order, *evals]:
-            needs = RUNS[name].needs if name in RUNS else [name[5:]] if name[5:] in RUNS else []
+        for name in [*order, *(f"eval-{name}" for name in names)]:
             for seed in seeds:  # first in, first out: what a run needs is done or being done when its turn comes
-                futures[name, seed] = pool.submit(self.make, name, seed, [futures[need, seed] for need in needs])
+                needs = [futures[need, seed] for need in self.needs(name)]
+                futures[name, seed] = pool.submit(self.make, name, seed, needs)
         with tqdm(total=len(futures), desc="runs") as bar:
             left = set(futures.values())
             try:
@@ -162,21 +224,16 @@ class Bench:
                         future.result()
                     bar.update(len(done))
                     bar.set_postfix_str(", ".join(f"{name} step {n}" for name, n in sorted(self.steps.items())))
-            finally:
+            except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
+                self.stop()
+                raise
+        self.check_seeds(order, seeds)
 
 
 def closure(name):
     """A run and all that it needs."""
     return {name}.union(*(closure(need) for need in RUNS[name].needs)) if name in RUNS else set()
-
-
-def check_same(folder, flags):
-    """UserError if the finished run in `folder` had other flags than it would have now."""
-    before = json.loads((folder / "args.json").read_text()) if (folder / "args.json").exists() else {}
-    for key, value in flags.items():
-        if key in before and str(before[key]) != str(value) and key not in ("max_tokens", "traces", "model"):
-            raise UserError(f"{folder} was run with --{key} {before[key]}, now it would be {value}; move it away")
 
 
 # --- what is measured --------------------------------------------------------------------------------------------------
@@ -228,18 +285,43 @@ def interval(statistic, *tables_SP, draws=10_000, seed=0):
     return [float(value[0]), *map(float, np.quantile(drawn, [0.025, 0.975]))]
 
 
+def learned_from(bench, seeds):
+    """Of each seed: the tokens that each warm start was trained on, and what became of the teacher's answers."""
+    found = []
+    for seed in seeds:
+        tokens = {name: int(sum(row.get("tokens", 0) for row in report.load(bench.folder(name, seed), "metrics.jsonl",
+                                                                            ["step"])))
+                  for name in ("opd", "sft", "overtrained", "soft")}
+        rows = report.load(bench.place, f"traces-{seed}.jsonl", ["id", "text", "right"])
+        kept = {(row["id"], row["text"]) for row in rows if row["right"]}
+        found.append(dict(seed=seed, tokens=tokens, answers=len(rows), right=sum(row["right"] for row in rows),
+                          kept=len(kept), problems=len({id for id, _ in kept})))
+    return found
+
+
 def difference(one, other):
     return one - other
-
-
-def spread(*means):
-    return np.max(means, 0) - np.min(means, 0)
 
 
 def share_of_fall(start, early, end):
     """How much of the way from start to end is gone early."""
     return (start - early) / (start - end)
 
+
+# What stage1 compares is whose answers are read, what is asked of each token, and for how long. It cannot help this:
+DIFFERENCES = [
+    "SFT, early-stopped, over-trained and on soft targets, learns from the teacher's answers that are right and "
+    "well-formed; OPD sees no gold answer and learns on right and wrong ones.",
+    "SFT's answers are drawn once, at most four to a problem, without repeats, and read several times over; OPD draws "
+    "new ones at every step. So SFT sees problems with more different right answers more often, and a few never.",
+    "Equal are the tokens that are trained on. Not counted: the teacher's own sampling for SFT, four answers to each "
+    "problem, and the student's for OPD.",
+    "From OPD to SFT on soft targets two things change: whose prefixes, and with them the direction of the KL (reverse "
+    "to forward). From soft to hard targets one thing changes.",
+    "All have OPD's batch, learning rate and schedule; sft.py's own tabletop rate is a quarter of it. Over-trained SFT "
+    "has the same schedule drawn out to ten times the steps.",
+    "SFT on soft targets is measured at the start only.",
+]
 
 # --- what is claimed ---------------------------------------------------------------------------------------------------
 
@@ -270,7 +352,7 @@ def stage1_claims(table, bench, seeds):
     def entropy(one, other):
         return interval(difference, *(along(bench, f"{name}-grpo", seeds, "entropy") for name in (one, other)))
 
-    others, ends = ("sft", "overtrained"), [f"{name}-grpo" for name in WARM_STARTS]
+    others, pairs = ("sft", "overtrained"), list(itertools.combinations(WARM_STARTS, 2))
     return {
         "S1": ("OPD enters RL with a higher entropy than either SFT, and keeps it", [
             *(Test(f"entropy at the start, opd - {o}", gap("entropy", "opd", o), "above", 0) for o in others),
@@ -279,8 +361,8 @@ def stage1_claims(table, bench, seeds):
             Test(f"{key} at the start, opd - {o}", gap(key, "opd", o), "above", 0)
             for key in ("pass@16", "distinct") for o in others]),
         "S3": ("after RL the three starts end together", [
-            Test(f"spread of {key} after RL", interval(spread, *(table[end][IN][key] for end in ends)), "below", MARGIN)
-            for key in ("pass@1", "pass@16")]),
+            Test(f"{key} after RL, {one} - {other}", gap(key, f"{one}-grpo", f"{other}-grpo"), "within", MARGIN)
+            for key in ("pass@1", "pass@16") for one, other in pairs]),
         "S4 at the start": ("over-trained SFT loses out of domain, early-stopped SFT does not", [
             Test("pass@1 out of domain, overtrained - base", gap("pass@1", "overtrained", "base", OUT), "below", 0),
             Test("pass@1 out of domain, sft - base", gap("pass@1", "sft", "base", OUT), "above", -MARGIN)]),
@@ -353,7 +435,9 @@ def rows_of(table, names, key, data=IN):
 def pictures(study, table, bench, seeds, place, verdicts):
     """Draws a study; returns the paths."""
     said = "; ".join(f"{id} {word}" for id, word in verdicts.items())
-    caption = f"Means over {len(seeds)} seeds and the held-out problems, 95% intervals over seeds and problems. {said}."
+    count = f"{len(seeds)} seeds" if len(seeds) > 1 else "one seed"
+    caption = f"Means over {count} and the held-out problems, 95% intervals over seeds and problems. {said}."
+    steps = len(report.load(bench.folder(STUDIES[study][-1], seeds[0]), "metrics.jsonl", ["step"]))
 
     def curves(names, file, keys, headline):
         starts = {name: name.removesuffix("-grpo") for name in names}
@@ -374,28 +458,31 @@ def pictures(study, table, bench, seeds, place, verdicts):
             ("pass@1", "%", "pass@1"), ("pass@16", "%", "pass@16"), ("Different answers of 16", "", "distinct"))]
         return [
             curves(STUDIES["vepo"][1:], "vepo-curves.png", ["accuracy", "entropy"],
-                   "The same 70 steps, with credit for other tokens"),
-            report.dots(panels, place / "vepo.png", "After 70 steps, with credit for other tokens", caption)]
+                   f"The same {steps} steps, with credit for other tokens"),
+            report.dots(panels, place / "vepo.png", f"After {steps} steps, with credit for other tokens", caption)]
     panels = [(title, unit, rows_of(table, STUDIES["mupo"], key)) for title, unit, key in (
         ("Diversity of reasoning", "", "diversity"), ("pass@1", "%", "pass@1"), ("pass@4", "%", "pass@4"),
         ("pass@16", "%", "pass@16"))]
     return [
         curves(STUDIES["mupo"][1:], "mupo-curves.png", ["diversity", "entropy", "accuracy"],
                "Fifteen answers to a problem, with and without groups of like reasoning"),
-        report.dots(panels, place / "mupo.png", "After 60 steps with fifteen answers to a problem", caption)]
+        report.dots(panels, place / "mupo.png", f"After {steps} steps with fifteen answers to a problem", caption)]
 
 
 def summary(study, table, bench, seeds):
     """All that results/STUDY.json holds."""
     claims = dict(stage1=stage1_claims, vepo=vepo_claims, mupo=mupo_claims)[study](table, bench, seeds)
-    commands = {}
+    commands, one = {}, len(seeds) == 1  # an interval over one seed says nothing of others
     for name in [name for name in RUNS if any(name in closure(wanted) for wanted in STUDIES[study])]:
         script, flags = bench.command(name, seeds[0])
-        commands[name] = " ".join([script, *(f"--{key}" if v is True else f"--{key} {v}" for key, v in flags.items())])
-    return dict(
-        study=study, seeds=list(seeds), quick=bench.quick, commands=commands,
-        claims=[dict(id=id, claim=text, verdict=verdict(tests), tests=[test._asdict() | dict(verdict=judge(test))
-                                                                     for test in tests])
+        words = [script, *(f"--{key}" if v is True else f"--{key} {v}" for key, v in flags.items())]
+        commands[name] = " ".join(words).replace(f"{ROOT}/", "")
+    found = dict(study=study, seeds=list(seeds), quick=bench.quick, commands=commands)
+    if study == "stage1":
+        found |= dict(differences=DIFFERENCES, learned_from=learned_from(bench, seeds))
+    return found | dict(
+        claims=[dict(id=id, claim=text, verdict="open" if one else verdict(tests),
+                     tests=[test._asdict() | dict(verdict="open" if one else judge(test)) for test in tests])
                 for id, (text, tests) in claims.items()],
         measures={name: {data: {key: interval(mean, x_SP) for key, x_SP in some.items()}
                          for data, some in parts.items()} for name, parts in table.items()},
@@ -414,17 +501,20 @@ def show(result):
         lines += ["", f"{claim['id']}  {claim['verdict'].upper()}: {claim['claim']}"]
         said = "    {what}: {0:+.4f} [{1:+.4f}, {2:+.4f}], {side} {bound:.3g}: {verdict}"
         lines += [said.format(*test["value"], **test) for test in claim["tests"]]
+    lines += ["", "What differs between the warm starts beside what is compared:"] * ("differences" in result)
+    lines += [f"  - {difference}" for difference in result.get("differences", ())]
     return "\n".join(lines)
 
 
 def main(args):
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # stopped by whatever, a study stops its runs
     place = Path(args.output or ("runs/study-quick" if args.quick else "results"))
-    check_place(str(place))
     bench = Bench(ROOT / ("runs/study-quick" if args.quick else "runs/study"), args.quick, args.jobs)
+    for folder in (place, bench.place):
+        check_place(str(folder))
     seeds = range(1, args.seeds + 1)
-    from lab import toy  # built here once, not by every run at the same time
     for name in ("toy", "toy-teacher")[:1 + (args.study == "stage1")]:
-        toy.build(name)
+        toy.build(name)  # once, not by every run at the same time
     bench.make_all(STUDIES[args.study], seeds)
     table = measure_all(bench, STUDIES[args.study], seeds)
     result = summary(args.study, table, bench, seeds)

@@ -69,6 +69,51 @@ def test_teachers_answers_are_verified_and_kept(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(sft, "sample", None)  # would raise
     two = drive(folder, tmp_path / "two", *flags, script="sft")
     assert metrics(two) == metrics(one)
+    # Nor does it matter in which order several processes wrote the problems, or what else stands in the file.
+    blocks = [rows[n:n + 3] for n in range(0, len(rows), 3)]
+    others = [row | dict(seed=9, text="right ") for row in rows[:6]]
+    traces.write_text("".join(json.dumps(row) + "\n" for block in [*blocks[1::2], others, *blocks[::2]] for row in block))
+    three = drive(folder, tmp_path / "three", *flags, script="sft")
+    assert metrics(three) == metrics(one)
+
+
+def test_a_stopped_teacher_goes_on(folder, tmp_path, monkeypatch):
+    """Behind the last whole problem: what a kill left of one is sampled again, and the run is the same."""
+    monkeypatch.setattr(sft, "format_reward", lambda problem, text: float(" " in text))
+    traces, asked, plain = tmp_path / "traces.jsonl", [], sft.sample
+    flags = (*FLAGS, "--teacher", folder, "--teacher_samples", 3, "--traces", traces, "--dataset", "toy@train:24",
+             "--max_steps", 1, "--held_out_traces", 4)
+    one = drive(folder, tmp_path / "one", *flags, script="sft")
+    lines = traces.read_text().splitlines(True)
+    traces.write_text("".join(lines[:20 * 3 + 2]) + lines[-1][:30])
+    monkeypatch.setattr(sft, "sample", lambda *args, **named: asked.append(len(args[2])) or plain(*args, **named))
+    two = drive(folder, tmp_path / "two", *flags, script="sft")
+    assert sum(asked) == 4 and metrics(two) == metrics(one)
+
+
+@pytest.mark.parametrize("text", ["no json\n", "[1]\n", None])
+def test_a_file_that_holds_no_traces_is_one_line(capsys, folder, tmp_path, text):
+    path = tmp_path / "traces.jsonl"
+    path.write_text(text) if text else path.mkdir()
+    with pytest.raises(SystemExit) as caught:
+        drive(folder, tmp_path / "out", *FLAGS, "--teacher", folder, "--traces", path, script="sft")
+    line, = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
+    assert caught.value.code == 2 and f"--traces {path} is no file of traces" in line
+    assert path.is_dir() or path.read_text() == text  # and it is left as it was
+
+
+def test_pictures_are_opened_when_asked_for():
+    """Else all pictures of a data set would stand in memory at once, in every process."""
+    opened = []
+
+    class Problems(list):
+        def __getitem__(self, place):
+            opened.append(place)
+            return dict(id=f"p{place}", images=["picture"])
+    traced = sft.Traced(Problems(range(3)), [(0, "a"), (2, "b"), (2, "c")])
+    assert len(traced[1:]) == 2 and not opened
+    assert traced[1:][0] == dict(id="p2", images=["picture"], trace="b") and opened == [2]
+    assert [problem["trace"] for problem in traced] == ["a", "b", "c"] and traced[-1]["trace"] == "c"
 
 
 @pytest.mark.parametrize("shape", [(), (3,), (2, 4)])

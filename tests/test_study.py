@@ -1,6 +1,8 @@
 """lab/study.py: its intervals against the bootstrap done by hand, its verdicts, and that it does each run once."""
 
 import json
+import shutil
+import signal
 
 import numpy as np
 import pytest
@@ -17,11 +19,19 @@ os.makedirs(folder, exist_ok=True)
 with open("calls", "a") as file:
     file.write(os.path.basename(folder) + "\\n")
 if flags.get("seed") == os.environ.get("FAIL"):
-    sys.exit("error: no luck")
+    print("error: no luck\\n  30%|###", end="")  # as an open bar leaves it
+    sys.exit(2)
+if flags.get("seed") in os.environ.get("WAIT", ""):
+    time.sleep(60)
 json.dump(flags, open(folder + "/args.json", "w"))
 with open(folder + "/metrics.jsonl", "w") as file:
     file.writelines(json.dumps(dict(step=n, tokens=100, entropy=n / int(flags["seed"]))) + "\\n" for n in (1, 2, 3))
-open(folder + "/" + ("eval.json" if "ks" in flags else "config.json"), "w").write("{}")
+if "ks" in flags:
+    os.remove(folder + "/args.json")  # eval_passk.py writes none
+    part = dict(seed=int(flags["seed"]), n=int(flags["num_samples"]), ks=[int(k) for k in flags["ks"].split(",")])
+    json.dump([part | dict(dataset=name) for name in flags["dataset"].split(",")], open(folder + "/eval.json", "w"))
+else:
+    open(folder + "/preprocessor_config.json", "w").close()
 """
 
 
@@ -50,9 +60,7 @@ def test_interval_is_paired_and_counts_problems_and_seeds():
     assert study.interval(study.mean, seeds) == pytest.approx(study.interval(study.mean, table[:, :1]), abs=0.02)
 
 
-def test_spread_and_share_of_fall():
-    means = np.array([0.1, 0.5]), np.array([0.4, 0.5]), np.array([0.2, 0.5])
-    assert study.spread(*means).tolist() == pytest.approx([0.3, 0])
+def test_share_of_fall():
     assert study.share_of_fall(1.0, 0.4, 0.2) == pytest.approx(0.75)
 
 
@@ -95,15 +103,63 @@ def test_every_run_once_and_after_what_it_needs(bench, tmp_path, monkeypatch):
     bench.make_all(names, (1, 2))
     assert len((tmp_path / "calls").read_text().split()) == len(calls)  # nothing is run again
     assert study.along(bench, "sft", (1, 2), "entropy").tolist() == [[2.0], [1.0]]
-    monkeypatch.setitem(study.RUNS, "sft", study.RUNS["sft"]._replace(flags={"learning_rate": 9.0}))
-    with pytest.raises(UserError, match="learning_rate"):  # nor is a run of other flags taken for this one
-        bench.make_all(names, (1,))
 
 
-def test_a_run_that_fails_is_one_line(bench, monkeypatch):
+@pytest.mark.parametrize("change, said", [
+    (lambda patch, place: patch.setitem(study.RUNS, "sft", study.RUNS["sft"]._replace(flags={"learning_rate": 9.0})),
+     r"sft-\d was run with --learning_rate"),
+    (lambda patch, place: patch.setitem(study.RUNS, "sft", study.RUNS["sft"]._replace(tokens=2)),
+     r"sft-\d was run with --max_tokens 300"),
+    (lambda patch, place: patch.setattr(study, "COUNT", 64), r"eval-\S+ was run with --dataset toy@study:128"),
+    (lambda patch, place: patch.setattr(study, "KS", (1, 2)), r"eval-\S+ was run with --ks 1,2,4,8,16"),
+    (lambda patch, place: shutil.rmtree(place / "sft-1"), "-1 is older than .*/sft-1"),
+    (lambda patch, place: shutil.rmtree(place / "opd-grpo-1"), "eval-opd-grpo-1 is older than .*opd-grpo-1"),
+    (lambda patch, place: (place / "opd-grpo-2/args.json").write_text('{"seed": "2", "beta": 1}'),
+     "opd-grpo-2 was run with --beta 1, seed 1 with None"),
+])
+def test_what_is_there_is_what_would_be_run(bench, tmp_path, monkeypatch, change, said):
+    """No run of other flags is taken for this one, none made from a model that is no more, and all seeds are alike."""
+    bench.make_all(study.STUDIES["stage1"], (1, 2))
+    change(monkeypatch, tmp_path / "runs")
+    with pytest.raises(UserError, match=said):
+        study.Bench(bench.place, quick=False, jobs=1).make_all(study.STUDIES["stage1"], (1, 2))
+
+
+def started(monkeypatch):
+    """A list that takes every process that a study starts."""
+    processes, plain = [], study.subprocess.Popen
+    monkeypatch.setattr(study.subprocess, "Popen", lambda *a, **k: processes.append(plain(*a, **k)) or processes[-1])
+    return processes
+
+
+def test_a_run_that_fails_is_one_line_and_ends_the_others(bench, monkeypatch):
+    processes = started(monkeypatch)
     monkeypatch.setenv("FAIL", "2")
-    with pytest.raises(UserError, match="vepo-2: fake.py ended with status 1, saying: error: no luck"):
-        bench.make_all(("vepo",), (1, 2))
+    monkeypatch.setenv("WAIT", "13")
+    with pytest.raises(UserError, match="vepo-2: fake.py ended with status 2, saying: error: no luck"):
+        bench.make_all(("vepo",), (1, 2, 3))
+    assert processes and all(process.poll() is not None for process in processes)
+
+
+def test_a_study_that_is_stopped_stops_its_runs(bench, monkeypatch):
+    """By Ctrl-C or by SIGTERM; else the same command would start a second process in the same folder."""
+    processes, plain = started(monkeypatch), study.concurrent.futures.wait
+    monkeypatch.setenv("WAIT", "1")
+
+    def wait(futures, *args):
+        if processes:
+            signal.raise_signal(signal.SIGTERM)
+        return plain(futures, *args)
+    monkeypatch.setattr(study.concurrent.futures, "wait", wait)
+    monkeypatch.setattr(study.toy, "build", lambda name: None)
+    monkeypatch.setattr(study, "Bench", lambda *args: bench)
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            study.main(study.parse(["vepo", "--seeds", "1", "--output", str(bench.place)]))
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert processes and all(process.poll() is not None for process in processes)
 
 
 def test_measures_of_a_model(bench):
@@ -122,6 +178,28 @@ def test_measures_of_a_model(bench):
     assert found["pass@1"].tolist() == [eval_passk.pass_at_k(2, 2, 1), eval_passk.pass_at_k(2, 1, 1)]
     assert found["diversity"].tolist() == pytest.approx([1.0, 1.0])
     assert study.diversity(texts[:1] * 3) == pytest.approx(0, abs=1e-6)
+
+
+def test_one_seed_gives_no_verdict(bench, monkeypatch):
+    """Its intervals know nothing of other seeds, so that a metric of the run would be judged as if it were certain."""
+    monkeypatch.setattr(study, "vepo_claims", lambda *given: {"X": ("so", [study.Test("", [1, 1, 1], "above", 0)])})
+    bench.make_all(("vepo",), (1,))
+    for seeds, word in (((1,), "open"), ((1, 2), "holds")):
+        claim, = study.summary("vepo", {}, bench, seeds)["claims"]
+        assert claim["verdict"] == claim["tests"][0]["verdict"] == word
+
+
+def test_stage1_says_what_differs(bench, tmp_path, monkeypatch):
+    """The tokens that each arm learned from and what became of the teacher's answers; no path of this machine."""
+    monkeypatch.setattr(study, "stage1_claims", lambda *given: {})
+    bench.make_all(study.STUDIES["stage1"], (1,))
+    rows = [dict(id="p", text="a", right=True), dict(id="p", text="a", right=True), dict(id="q", text="b", right=False)]
+    (bench.place / "traces-1.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = study.summary("stage1", {}, bench, (1,))
+    assert found["learned_from"] == [dict(
+        seed=1, tokens=dict(opd=300, sft=300, overtrained=300, soft=300), answers=3, right=2, kept=1, problems=1)]
+    assert str(tmp_path) not in json.dumps(found) and "--teacher toy-teacher" in found["commands"]["sft"]
+    assert study.show(found | dict(measures={}, claims=[])).count("\n  - ") == len(study.DIFFERENCES) > 4
 
 
 def test_bad_flags_are_one_line(capsys):
