@@ -201,10 +201,11 @@ def check_gold(answer, verifier):
 
 
 def infer_verifier(problem, answer):
-    """A letter among options: mcq. An integer: digit. A box: iou. Anything else: math."""
+    """A letter among options: mcq. An integer that counts something: digit. A box: iou. Anything else: math."""
     if read_letter(answer) and all(re.search(rf"(?:^|[\s(]){letter}[).:,．：、）]", problem) for letter in "AB"):
         return "mcq"
-    if read_integer(answer) is not None:
+    # Not every integer is a count: where 54 is an angle or a length, 54.0 and "54 cm" are right too, and math knows it.
+    if read_integer(answer) is not None and re.search(r"(?i)\b(how many|count|number of)\b", problem):
         return "digit"
     return "iou" if read_box(answer) else "math"
 
