@@ -675,6 +675,21 @@ def finish(output_dir, pictures=None):
     return page(output_dir, pictures, more)
 
 
+def pictures_of(output_dir):
+    """problem id -> picture, of the problems of the run's last step; none where the data set is no longer there."""
+    dataset = load(output_dir, "args.json", ["script"])[0].get("dataset", "none")
+    names = "samples.jsonl", "signals.jsonl", "clusters.jsonl"
+    files = [name for name in names if (Path(output_dir) / name).is_file()]
+    rows = [row for file in files for row in load(output_dir, file, ["step", "id"])]
+    end = max((row["step"] for row in rows), default=0)
+    last = {row["id"] for row in rows if row["step"] == end}
+    try:
+        from common import load_problems  # here, since torch takes long to import
+        return {problem["id"]: problem["images"][0] for problem in load_problems(dataset) if problem["id"] in last}
+    except UserError:
+        return {}
+
+
 def label_runs(output_dirs):
     """label -> folders: the script, and the flags that tell it from that script's other runs; seeds share a label."""
     silent = ("seed", "output_dir", "resume", "report_to", "save_steps", "sample_batch_size")
@@ -694,7 +709,10 @@ def main(argv=None):
     parser.add_argument("--out", default="overlay.png", help="where the picture of several runs goes")
     args = parser.parse_args(argv)
     try:
-        print(finish(args.runs[0]) if len(args.runs) == 1 else overlay(label_runs(args.runs), args.out))
+        if len(args.runs) == 1:
+            print(finish(args.runs[0], pictures_of(args.runs[0])))
+        else:
+            print(overlay(label_runs(args.runs), args.out))
     except UserError as error:
         parser.exit(2, f"error: {error}\n")
 

@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 import vepo
-from common import UserError
+from common import UserError, load_problems
 from lab import report
 
 HOSTILE = ('<script>alert("1")</script><img src=x onerror=alert(1)>&amp; \' {title} $\\frac{1}$ \x00 \u202e 猫 '
@@ -550,9 +550,24 @@ def test_command_line_writes_the_page_of_one_run_and_the_overlay_of_several(tmp_
     runs = [str(make_run(tmp_path / name, steps_of([1, 2]), script=name)) for name in ("grpo", "vepo")]
     report.main([*runs, "--out", str(tmp_path / "both.png")])
     assert drawn[0][1] == str(tmp_path / "both.png") == capsys.readouterr().out.strip()
-    monkeypatch.setattr(report, "finish", lambda folder: f"page of {folder}")
+    monkeypatch.setattr(report, "finish", lambda folder, pictures: f"page of {folder} with {len(pictures)}")
     report.main(runs[:1])
-    assert capsys.readouterr().out == f"page of {runs[0]}\n"
+    assert capsys.readouterr().out == f"page of {runs[0]} with 0\n"
+
+
+def test_a_page_drawn_later_has_the_pictures_too(tmp_path):
+    """Those of the last step's problems, from the run's data set; and if that is gone, a page without them."""
+    problems = load_problems("toy@train:3")
+    rows = [sample(step, id=problem["id"]) for step, problem in zip((1, 2, 2), problems)]
+    run = make_run(tmp_path / "run", steps_of([1, 2, 3]), rows, dataset="toy@train:3")
+    found = report.pictures_of(run)
+    assert sorted(found) == sorted(problem["id"] for problem in problems)[1:]
+    assert found[problems[1]["id"]].tobytes() == problems[1]["images"][0].tobytes()
+    report.main([str(run)])
+    assert (run / "report.html").read_text().count("<img") == 1 + 2
+    make_run(run, steps_of([1, 2, 3]), rows, dataset=str(tmp_path / "gone.jsonl"))
+    assert report.pictures_of(run) == {}
+    assert report.pictures_of(make_run(tmp_path / "new", [], dataset="toy@train:3")) == {}
 
 
 def test_as_a_script_it_finds_common_in_the_folder_above(tmp_path):
