@@ -18,6 +18,9 @@ advantage is the log-ratio:
 
 Its mean over o_t is the gradient of (1), with more noise.
 
+--estimator forward exchanges p and q in (1): KL(q_t‖p_t) on the student's own answers, the other end of GKD. sft.py
+--soft_targets asks for the same on the teacher's answers, so the two differ in nothing but whose answers are read.
+
 Departures:
  1. The gradient of Σ_t KL_t is not that of the sequence KL(π‖π_T), which has one more term,
     E[Σ_t ∇log p_t(o_t)·Σ_{s>t} KL_s], by which a token would answer for the prefixes that it leads to.
@@ -52,6 +55,12 @@ def reverse_kl(student_logits, teacher_logits):
     return (logp.exp() * (logp - teacher_logp)).sum(-1)
 
 
+def forward_kl(student_logits, teacher_logits):
+    """KL(q‖p) of teacher q and student p: (..., V), (..., V) → (...), in nats. The gradient is the student's alone."""
+    logp, teacher_logp = student_logits.log_softmax(-1), teacher_logits.detach().log_softmax(-1)
+    return (teacher_logp.exp() * (teacher_logp - logp)).sum(-1)
+
+
 def policy_loss(logp_BT, old_logp_BT, advantage_BT, epsilon, epsilon_high):
     """(B, T) → (B, T), per token and unreduced. GRPO's eq. (2) and (3)."""
     ratio_BT = torch.exp(logp_BT - old_logp_BT)
@@ -73,7 +82,13 @@ def sampled(logits_NV, teacher_logits_NV, tokens_N):
     return policy_loss(logp_N, old_logp_N, advantage_N, 0.2, 0.2), -advantage_N, old_logp_N
 
 
-ESTIMATORS = {"exact": exact, "sampled": sampled}
+def forward(logits_NV, teacher_logits_NV, tokens_N):
+    """As `exact`, but what a token costs is KL(q_t‖p_t). The number that is logged stays that of eq. (1)."""
+    _, kl_N, logp_N = exact(logits_NV.detach(), teacher_logits_NV, tokens_N)
+    return forward_kl(logits_NV, teacher_logits_NV), kl_N, logp_N
+
+
+ESTIMATORS = {"exact": exact, "sampled": sampled, "forward": forward}
 
 # --- the run ----------------------------------------------------------------------------------------------------------
 
@@ -90,7 +105,8 @@ TABLES = MODEL_FLAGS, TRAIN_FLAGS, {"num_generations": ROLLOUT_FLAGS["num_genera
 def flags(parser):
     parser.add_argument("--teacher", default="Qwen/Qwen2.5-VL-72B-Instruct",
                         help="the model to learn from, of the student's family; in sft.py none: the data's traces")
-    parser.add_argument("--estimator", choices=tuple(ESTIMATORS), default="exact", help="eq. (1), or (3)")
+    parser.add_argument("--estimator", choices=tuple(ESTIMATORS), default="exact",
+                        help="what a token costs: eq. (1), (3), or (1) with p and q exchanged")
 
 
 def check_vocabulary(args, processor, teacher_processor):

@@ -49,7 +49,7 @@ from common import (
 
 
 def forward_kl(student_logits, teacher_logits):
-    """The KL of eq. (2): (..., V), (..., V) → (...), in nats. The gradient is the student's alone."""
+    """KL(q‖p) of teacher q and student p: (..., V), (..., V) → (...), in nats. The gradient is the student's alone."""
     logp, teacher_logp = student_logits.log_softmax(-1), teacher_logits.detach().log_softmax(-1)
     return (teacher_logp.exp() * (teacher_logp - logp)).sum(-1)
 

@@ -435,6 +435,27 @@ def test_a_run_with_the_sampled_estimator(folder, teacher_folder, teacher, polic
     assert line["loss"] == pytest.approx(line["teacher_kl"], abs=1e-6) and line["grad_norm"] > 0.1
 
 
+def test_forward_is_the_other_direction_on_the_students_answers():
+    """What it costs against exact sums and their slope, the student's alone; what it logs is still KL(p‖q)."""
+    x, y, tokens_N = random_logits(3, V).requires_grad_(), random_logits(3, V, seed=1).requires_grad_(), torch.arange(3)
+    loss_N, kl_N, logp_N = opd.forward(x, y, tokens_N)
+    pairs = list(zip(x.tolist(), y.tolist()))
+    assert loss_N.tolist() == pytest.approx([brute_kl(q, p) for p, q in pairs], abs=1e-12)
+    assert kl_N.tolist() == pytest.approx([brute_kl(p, q) for p, q in pairs], abs=1e-12)
+    assert logp_N.tolist() == pytest.approx([math.log(probabilities(p)[o]) for o, (p, _) in enumerate(pairs)], abs=1e-12)
+    assert not kl_N.requires_grad and not logp_N.requires_grad and (loss_N - kl_N).abs().min() > 1e-3
+    loss_N.sum().backward()
+    assert torch.allclose(x.grad, x.detach().softmax(1) - y.detach().softmax(1), atol=1e-12) and y.grad is None
+
+
+def test_a_run_with_the_forward_kl(folder, teacher_folder, tmp_path):
+    """It learns: both its own loss and the logged KL(p‖q) fall."""
+    flags = *FOUR_STEPS, "--estimator", "forward", "--teacher", teacher_folder
+    lines = metrics(watched(folder, tmp_path / "run", *flags)[0])
+    assert lines[0]["loss"] != lines[0]["teacher_kl"]
+    assert all(lines[-1][key] < 0.8 * lines[0][key] for key in ("loss", "teacher_kl"))
+
+
 if __name__ == "__main__":  # one of two processes; under torchrun both would have to import everything
     common.load_problems("none")
     child = os.fork()

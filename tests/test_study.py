@@ -93,7 +93,7 @@ def test_every_run_once_and_after_what_it_needs(bench, tmp_path, monkeypatch):
     names = study.STUDIES["stage1"]
     bench.make_all(names, (1, 2))
     calls = (tmp_path / "calls").read_text().split()
-    assert len(calls) == len(set(calls)) == 2 * (7 + 8)
+    assert len(calls) == len(set(calls)) == 2 * (8 + 9)
     for name, spec in study.RUNS.items():
         for seed in (1, 2) if f"{name}-1" in calls else ():
             assert all(calls.index(f"{need}-{seed}") < calls.index(f"{name}-{seed}") for need in spec.needs)
@@ -197,7 +197,7 @@ def test_stage1_says_what_differs(bench, tmp_path, monkeypatch):
     (bench.place / "traces-1.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     found = study.summary("stage1", {}, bench, (1,))
     assert found["learned_from"] == [dict(
-        seed=1, tokens=dict(opd=300, sft=300, overtrained=300, soft=300), answers=3, right=2, kept=1, problems=1)]
+        seed=1, tokens=dict(opd=300, sft=300, overtrained=300, forward=300, soft=300), answers=3, right=2, kept=1, problems=1)]
     assert str(tmp_path) not in json.dumps(found) and "--teacher toy-teacher" in found["commands"]["sft"]
     assert study.show(found | dict(measures={}, claims=[])).count("\n  - ") == len(study.DIFFERENCES) > 4
 
