@@ -300,6 +300,14 @@ def learned_from(bench, seeds):
     return found
 
 
+def contrasts(table):
+    """From OPD to early-stopped SFT in three steps of one change each: [{from, to, measure, value}], at the start."""
+    return [{"from": one, "to": other, "measure": key,
+             "value": interval(difference, table[other][IN][key], table[one][IN][key])}
+            for one, other in itertools.pairwise(("opd", "forward", "soft", "sft"))
+            for key in ("pass@1", "pass@16", "distinct", "entropy")]
+
+
 def difference(one, other):
     return one - other
 
@@ -481,7 +489,7 @@ def summary(study, table, bench, seeds):
         commands[name] = " ".join(words).replace(f"{ROOT}/", "")
     found = dict(study=study, seeds=list(seeds), quick=bench.quick, commands=commands)
     if study == "stage1":
-        found |= dict(differences=DIFFERENCES, learned_from=learned_from(bench, seeds))
+        found |= dict(differences=DIFFERENCES, learned_from=learned_from(bench, seeds), contrasts=contrasts(table))
     return found | dict(
         claims=[dict(id=id, claim=text, verdict="open" if one else verdict(tests),
                      tests=[test._asdict() | dict(verdict="open" if one else judge(test)) for test in tests])
@@ -503,6 +511,9 @@ def show(result):
         lines += ["", f"{claim['id']}  {claim['verdict'].upper()}: {claim['claim']}"]
         said = "    {what}: {0:+.4f} [{1:+.4f}, {2:+.4f}], {side} {bound:.3g}: {verdict}"
         lines += [said.format(*test["value"], **test) for test in claim["tests"]]
+    lines += [""] * ("contrasts" in result)
+    lines += ["at the start, from {from} to {to}: {measure} {0:+.4f} [{1:+.4f}, {2:+.4f}]".format(*step["value"], **step)
+              for step in result.get("contrasts", ())]
     lines += ["", "What differs between the warm starts beside what is compared:"] * ("differences" in result)
     lines += [f"  - {difference}" for difference in result.get("differences", ())]
     return "\n".join(lines)

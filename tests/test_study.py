@@ -195,11 +195,16 @@ def test_stage1_says_what_differs(bench, tmp_path, monkeypatch):
     bench.make_all(study.STUDIES["stage1"], (1,))
     rows = [dict(id="p", text="a", right=True), dict(id="p", text="a", right=True), dict(id="q", text="b", right=False)]
     (bench.place / "traces-1.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    found = study.summary("stage1", {}, bench, (1,))
+    answers = np.arange(8.0).reshape(2, 4)
+    table = {name: {study.IN: {key: answers * n for key in ("pass@1", "pass@16", "distinct", "entropy")}}
+             for n, name in enumerate(("opd", "forward", "soft", "sft"))}
+    found = study.summary("stage1", table, bench, (1,))
+    assert [step["value"][0] for step in found["contrasts"]] == [3.5] * 12  # the later less the earlier, each time
     assert found["learned_from"] == [dict(
         seed=1, tokens=dict(opd=300, sft=300, overtrained=300, forward=300, soft=300), answers=3, right=2, kept=1, problems=1)]
     assert str(tmp_path) not in json.dumps(found) and "--teacher toy-teacher" in found["commands"]["sft"]
-    assert study.show(found | dict(measures={}, claims=[])).count("\n  - ") == len(study.DIFFERENCES) > 4
+    text = study.show(found | dict(measures={}, claims=[]))
+    assert text.count("\n  - ") == len(study.DIFFERENCES) > 4 and "from soft to sft: entropy +3.5000" in text
 
 
 def test_bad_flags_are_one_line(capsys):
