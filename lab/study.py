@@ -3,7 +3,8 @@
     python lab/study.py stage1                     which warm start, and what it leaves behind (arXiv 2606.09059)
     python lab/study.py vepo                       which tokens to credit (arXiv 2606.03937)
     python lab/study.py mupo                       what becomes of the many ways of thinking (arXiv 2604.00479)
-    python lab/study.py stage1 --seeds 1 --quick   a rough answer in ten minutes
+    python lab/study.py stage1 --seeds 1 --quick   a rough answer in ten minutes (the first time, when the two models of
+                                                   the tabletop are built, in fifteen)
 
 Every run is a call of one of this repository's scripts, with the flags that stand below, in its own folder of
 runs/study. What is there is not run again; what was stopped half-way goes on where it was. At the end stand
