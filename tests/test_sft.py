@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import os
 import shutil
 
 import pytest
@@ -89,6 +90,12 @@ def test_a_stopped_teacher_goes_on(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(sft, "sample", lambda *args, **named: asked.append(len(args[2])) or plain(*args, **named))
     two = drive(folder, tmp_path / "two", *flags, script="sft")
     assert sum(asked) == 4 and metrics(two) == metrics(one)
+    teacher = shutil.copytree(folder, tmp_path / "teacher")  # and one whose weights have changed since is another
+    for n in (1, 2):
+        asked.clear()
+        os.utime(teacher / "model.safetensors", (n, n))
+        drive(folder, tmp_path / f"again{n}", *flags, "--teacher", teacher, script="sft")
+        assert sum(asked) == 24
 
 
 @pytest.mark.parametrize("text", ["no json\n", "[1]\n", None])

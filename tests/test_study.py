@@ -138,7 +138,7 @@ def test_a_run_that_fails_is_one_line_and_ends_the_others(bench, monkeypatch):
     monkeypatch.setenv("WAIT", "13")
     with pytest.raises(UserError, match="vepo-2: fake.py ended with status 2, saying: error: no luck"):
         bench.make_all(("vepo",), (1, 2, 3))
-    assert processes and all(process.poll() is not None for process in processes)
+    assert {process.returncode for process in processes} == {2, -signal.SIGTERM}
 
 
 def test_a_study_that_is_stopped_stops_its_runs(bench, monkeypatch):
@@ -159,7 +159,7 @@ def test_a_study_that_is_stopped_stops_its_runs(bench, monkeypatch):
             study.main(study.parse(["vepo", "--seeds", "1", "--output", str(bench.place)]))
     finally:
         signal.signal(signal.SIGTERM, before)
-    assert processes and all(process.poll() is not None for process in processes)
+    assert {process.returncode for process in processes} == {-signal.SIGTERM}
 
 
 def test_measures_of_a_model(bench):
