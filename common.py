@@ -423,11 +423,11 @@ class Run:
         self.accelerator.end_training()
 
 
-def check_place(folder):
+def check_place(folder, flag="--output_dir"):
     """Raises UserError unless `folder` can be made or written to. Makes nothing."""
     place = next(path for path in Path(os.path.abspath(folder), "x").parents if path.exists())
     if not os.path.isdir(place) or not os.access(place, os.W_OK):
-        raise UserError(f"--output_dir {folder}: cannot write to {place}; name another folder")
+        raise UserError(f"{flag} {folder}: cannot write to {place}; name another folder")
 
 
 def write_atomically(path, text):

@@ -149,6 +149,8 @@ def main(args):
         raise UserError(f"--ks {args.ks}: each k must be a whole number from 1 to --num_samples {args.num_samples}")
     run = Run(args)
     data = {name: load_problems(name) for name in args.dataset.split(",")}
+    if not all(map(len, data.values())):
+        raise UserError(f"--dataset {args.dataset}: there is nothing to measure in none; leave it out")
     os.makedirs(run.folder, exist_ok=True)
     path, results = run.path("samples.jsonl"), []
     for name, problems in data.items():

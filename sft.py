@@ -11,12 +11,12 @@ The traces are the data set's own (a column `trace`), or with --teacher the teac
 given problems: --teacher_samples are sampled to each, and those that are right and well-formed are kept (rejection
 sampling). They are kept on disk too, so that another run with the same teacher does not sample again.
 
---soft_targets puts the teacher's whole distribution q_t in the place of the trace's one token, the forward KL that
+--soft_targets puts the teacher's whole distribution q in the place of the trace's one token, the forward KL that
 distillation off-policy minimises (Hinton et al., arXiv 1503.02531). It stands between (1), which asks for one word on
 the same traces, and opd.py, which asks for a distribution too, but on the student's own answers and in the other
 direction of the KL.
 
-    L = Σ_bt m_bt·KL(q_bt‖π_bt) / Σ_bt m_bt                                                                      (2)
+    L = Σ_bt m_bt·KL(q_bt‖p_bt) / Σ_bt m_bt          p, q: the student's and the teacher's next-token distributions (2)
 
 Departures: the papers fix the number of epochs; --early_stop ends training once the loss on held-out traces has not
 fallen that many evaluations in a row. The weights are then those of the last step, not of the best.
@@ -41,8 +41,8 @@ import torch
 from tqdm import tqdm
 
 from common import (
-    MODEL_FLAGS, TRAIN_FLAGS, Rollout, Run, UserError, encode, format_reward, is_right, launch, load_policy,
-    load_problems, read, sample, token_entropy, token_logps,
+    MODEL_FLAGS, TRAIN_FLAGS, Rollout, Run, UserError, check_place, encode, format_reward, is_right, launch,
+    load_policy, load_problems, read, sample, token_entropy, token_logps,
 )
 
 # --- the algorithm ----------------------------------------------------------------------------------------------------
@@ -151,6 +151,7 @@ def teacher_traces(run, problems, loaded=None):
                  temperature=args.temperature, max_completion_length=args.max_completion_length,
                  max_pixels=args.max_pixels, seed=args.seed)
     path = args.traces or f"runs/traces-{hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:12]}.jsonl"
+    check_place(os.path.dirname(path) or ".", "--traces")
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     rows = kept_answers(run, path, asked)
     done = {row["id"] for row in rows}
@@ -169,9 +170,10 @@ def teacher_traces(run, problems, loaded=None):
         new = [row for theirs in run.gather(new if mine else []) for row in theirs]
         run.append(path, [asked | row for row in new])
         rows += new
-    texts = {id: {} for id in ids}  # a dict for its order: each text once
+    texts = {id: {} for id in ids}  # the inner dict for its order: each text once
     for row in rows:
-        texts[row["id"]] |= {row["text"]: None} if row["right"] else {}
+        if row["right"]:
+            texts[row["id"]][row["text"]] = None
     pairs = [(place, text) for place, id in enumerate(ids) for text in texts[id]]
     run.say(f"{args.teacher}: {len(rows)} answers, {len(pairs)} right, well-formed and distinct; kept in {path}")
     return Traced(problems, pairs)

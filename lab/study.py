@@ -288,15 +288,16 @@ def interval(statistic, *tables_SP, draws=10_000, seed=0):
 
 
 def learned_from(bench, seeds):
-    """Of each seed: the tokens that each warm start was trained on, and what became of the teacher's answers."""
+    """Of each seed: steps and tokens that each warm start was trained on, and what became of the teacher's answers."""
     found = []
     for seed in seeds:
-        tokens = {name: int(sum(row.get("tokens", 0) for row in report.load(bench.folder(name, seed), "metrics.jsonl",
-                                                                            ["step"])))
-                  for name in (*WARM_STARTS, "forward", "soft")}
+        logs = {name: report.load(bench.folder(name, seed), "metrics.jsonl", ["step"])
+                for name in (*WARM_STARTS, "forward", "soft")}
+        steps = {name: len(rows) for name, rows in logs.items()}
+        tokens = {name: int(sum(row.get("tokens", 0) for row in rows)) for name, rows in logs.items()}
         rows = report.load(bench.place, f"traces-{seed}.jsonl", ["id", "text", "right"])
         kept = {(row["id"], row["text"]) for row in rows if row["right"]}
-        found.append(dict(seed=seed, tokens=tokens, answers=len(rows), right=sum(row["right"] for row in rows),
+        found.append(dict(seed=seed, steps=steps, tokens=tokens, answers=len(rows), right=sum(r["right"] for r in rows),
                           kept=len(kept), problems=len({id for id, _ in kept})))
     return found
 
@@ -525,7 +526,7 @@ def main(args):
     place = Path(args.output or ("runs/study-quick" if args.quick else "results"))
     bench = Bench(ROOT / ("runs/study-quick" if args.quick else "runs/study"), args.quick, args.jobs)
     for folder in (place, bench.place):
-        check_place(str(folder))
+        check_place(str(folder), "--output")
     seeds = range(1, args.seeds + 1)
     for name in ("toy", "toy-teacher")[:1 + (args.study == "stage1")]:
         toy.build(name)  # once, not by every run at the same time

@@ -19,6 +19,13 @@ def even_length(problem, text):
     return float(len(text) % 2 == 0)
 
 
+def measure(*argv):
+    """eval_passk.py in this process."""
+    import eval_passk as script
+    common.launch("eval_passk", script.main, script.__doc__, script.flags, script.RECIPE, script.TOY,
+                  argv=list(map(str, argv)), tables=(common.MODEL_FLAGS,))
+
+
 def die(*args, **kwargs):
     os.kill(os.getpid(), signal.SIGKILL)
 

@@ -6,7 +6,7 @@ import shutil
 import pytest
 
 from conftest import picture, run_script
-from drive import go
+from drive import go, measure
 
 GOOD = dict(image="0.png", problem="What?", answer="5", verifier="digit")
 
@@ -51,6 +51,21 @@ def test_bad_data_sets(capsys, tmp_path, folder, data):
     assert "has 1 problems" in line(data(GOOD))
     assert "has no split dev" in line("toy@dev") and "no such file" in line("some/where.jsonl")
     assert "--max_prompt_length 20" in line(data(GOOD, GOOD), "--max_prompt_length", 20)
+
+
+def test_places_that_cannot_be_written(capsys, tmp_path, folder, data):
+    """Known before the teacher samples; and nothing to measure is no table of nothing."""
+    teach = "--model", folder, "--teacher", folder, "--dataset", "toy@train:4", "--eval_dataset", "none"
+    with pytest.raises(SystemExit) as caught:
+        go("sft", *teach, "--output_dir", tmp_path / "out", "--traces", data(GOOD) / "traces.jsonl")
+    said = capsys.readouterr().err
+    assert caught.value.code == 2 and f"error: --traces {tmp_path}/data.jsonl: cannot write" in said
+    assert not (tmp_path / "out").exists()
+    for names in ("none", "toy@test:2,none"):
+        with pytest.raises(SystemExit) as caught:
+            measure("--model", folder, "--dataset", names, "--output_dir", tmp_path / "out")
+        assert caught.value.code == 2 and f"error: --dataset {names}: there is nothing" in capsys.readouterr().err
+        assert not (tmp_path / "out").exists()
 
 
 def test_bad_flags(capsys, tmp_path, folder):

@@ -1,6 +1,8 @@
 """Whole runs: one process against two, a kill against no kill, bad flags against one clear line."""
 
+import importlib
 import json
+import weakref
 from pathlib import Path
 
 import pytest
@@ -8,7 +10,8 @@ import torch
 
 import common
 from conftest import run_script
-from drive import go
+from drive import go, measure
+from lab import report
 
 SMALL = [
     "--dataset", "toy@train:64", "--eval_dataset", "toy@test:6", "--num_generations_eval", 2, "--prompts_per_step", 8,
@@ -116,3 +119,31 @@ def test_an_all_masked_batch_gives_zero(folder, tmp_path):
         assert line["truncated"] == 1 and line["loss"] == 0 and line["grad_norm"] == 0
     before, after = (common.load_policy(str(path))[0].state_dict() for path in (folder, place))
     assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize("script", ["grpo", "eval_passk"])
+def test_pictures_are_not_all_in_memory_at_once(folder, tmp_path, monkeypatch, script):
+    """A data set is gone through problem by problem: when its prompts are checked, and when they are answered."""
+    opened, alive = [], []
+
+    class Counted:
+        def __init__(self, problems):
+            self.problems = problems
+
+        def __len__(self):
+            return len(self.problems)
+
+        def __getitem__(self, place):
+            problem = self.problems[place]
+            opened.append(weakref.ref(problem["images"][0]))
+            alive.append(sum(picture() is not None for picture in opened))
+            return problem
+    module = importlib.import_module(script)
+    monkeypatch.setattr(module, "load_problems", lambda name: Counted(common.load_problems(name)) if "@" in name else [])
+    monkeypatch.setattr(report, "finish", lambda *given: "no page")
+    if script == "grpo":
+        drive(folder, tmp_path / "run", "--dataset", "toy@train:48", "--eval_dataset", "none", "--max_steps", 1)
+    else:
+        measure("--model", folder, "--dataset", "toy@test:48", "--output_dir", tmp_path / "run", "--num_samples", 2,
+                "--ks", 1, "--max_completion_length", 4, "--sample_batch_size", 8)
+    assert len(opened) >= 48 and max(alive) < 12
