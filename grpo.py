@@ -1,5 +1,8 @@
 """GRPO: group relative policy optimisation of a vision-language model, from rewards that can be checked.
 
+Why care: it is the simplest way to make a model better at what can be graded. It needs no value network and no
+preference data, and every other script of this house changes one phase of it.
+
 Paper: DeepSeekMath, arXiv 2402.03300, section 4. For each problem the policy samples a group of G answers; an answer
 is credited with how much better it is than its group, and every one of its tokens shares that credit:
 
@@ -9,7 +12,9 @@ is credited with how much better it is than its group, and every one of its toke
     L    = Σ_bt weight_bt·ℓ_bt / Σ_bt weight_bt  +  β·mean_bt k3_bt                                              (4)
     k3   = exp(d) − d − 1,    d = log π_ref − log π_θ                                                            (5)
 
-Both sums of (4) run over the whole optimiser batch: all micro-batches, all processes.
+In the paper, (2) to (4) are its equation (3) and (5) is its equation (4); the advantage (1) stands in section 4.1.2,
+without a number. Both sums of (4) run over the whole optimiser batch: all micro-batches, all processes. The optimiser
+is AdamW. A group is read as one packed row: the picture and the prompt once, the answers side by side behind them.
 
 Departures from the paper, as in today's recipes for vision-language models:
  1. weight is 1 on every answer token (a mean over tokens). The paper's mean over each answer first, 1/|o_i|, is
@@ -18,21 +23,30 @@ Departures from the paper, as in today's recipes for vision-language models:
     averages to KL(π_θ‖π_ref); differentiated as a loss it gives the gradient of KL(π_ref‖π_θ).
  3. The vision tower is frozen unless --train_vision.
  4. Groups whose advantages are all zero are not read: they have no gradient. Their tokens still count in (4).
+ 5. The paper gives no settings for pictures: those of RECIPE are common ones of vision-language GRPO (EasyR1's).
 
-Shapes: P problems, G answers to each, B = P·G answers, T tokens of the longest. weight is 0 after an answer's end.
+Shapes: P problems, G answers to each, B = P·G answers, T tokens of the longest; b is a part of B, the answers of one
+forward pass. weight is 0 after an answer's end.
 
     python grpo.py                                                              a laptop, minutes
     accelerate launch grpo.py --model Qwen/Qwen2.5-VL-7B-Instruct               the paper's size, several GPUs
 
-A healthy run: accuracy rises, entropy falls, frac_reward_zero_std rises as problems are mastered, sampler_gap stays
-tiny (bf16: about 0.01). With one update per rollout the ratio is 1: the loss says nothing, it stays near 0.
+A healthy run: accuracy rises, entropy falls, frac_reward_zero_std rises as problems are mastered. sampler_gap stays
+tiny (in bf16 about 0.01). With the default of four updates to a rollout the loss starts a little above or below 0 and
+says little: watch accuracy. clip_fraction is a few per cent; far more means steps that are too large. With one update
+(--updates_per_step 1) the ratio is 1, nothing is clipped, and the loss stays near 0.
 """
 
-import torch
-
 from common import (
-    Run, UserError, format_reward, grade, launch, load_policy, load_problems, read, sample, token_logps,
+    UserError, check_problems, evaluate, finish, format_reward, grade, load_policy, load_problems, read, sample,
+    token_logps, trained_weights,
 )
+from harness.flags import launch
+from harness.run import Run, learning_rate
+from harness.sharding import clip_gradients
+from harness.updates import plan_updates
+
+import torch
 
 # --- the algorithm ----------------------------------------------------------------------------------------------------
 
@@ -41,7 +55,7 @@ def group_advantages(rewards_PG):
     """(P, G) → (P, G). GRPO's eq. (1); exactly 0 where a group's rewards are equal, whatever fp32 says of their std."""
     centred_PG = rewards_PG - rewards_PG.mean(1, keepdim=True)
     advantages_PG = centred_PG / (rewards_PG.std(1, keepdim=True) + 1e-6)
-    equal_P1 = rewards_PG.amax(1, keepdim=True) == rewards_PG.amin(1, keepdim=True)
+    equal_P1 = rewards_PG.amax(1, keepdim=True) == rewards_PG.amin(1, keepdim=True)  # trap: group std
     return advantages_PG.masked_fill(equal_P1, 0.0)
 
 
@@ -55,24 +69,29 @@ def policy_loss(logp_BT, old_logp_BT, advantage_BT, epsilon, epsilon_high):
 def is_clipped(logp_BT, old_logp_BT, advantage_BT, epsilon, epsilon_high):
     """(B, T) of 0/1: where the clip of GRPO's eq. (3) takes the gradient away."""
     ratio_BT = torch.exp(logp_BT - old_logp_BT)
-    too_good, too_bad = ratio_BT > 1 + epsilon_high, ratio_BT < 1 - epsilon
-    return ((too_good & (advantage_BT > 0)) | (too_bad & (advantage_BT < 0))).float()
+    too_good_BT = (ratio_BT > 1 + epsilon_high) & (advantage_BT > 0)
+    too_bad_BT = (ratio_BT < 1 - epsilon) & (advantage_BT < 0)
+    return (too_good_BT | too_bad_BT).float()
 
 
 def token_weights(mask_BT, average):
     """(B, T) → (B, T). "token": every token counts the same; "answer": every answer does, 1/|o_b| to a token."""
-    return mask_BT if average == "token" else mask_BT / mask_BT.sum(1, keepdim=True)
+    if average == "token":
+        return mask_BT
+    return mask_BT / mask_BT.sum(1, keepdim=True)
 
 
 def k3(logp_BT, ref_logp_BT):
     """(B, T) → (B, T). GRPO's eq. (5): never negative, 0 where the policies agree, unbiased for KL(π_θ‖π_ref)."""
-    d_BT = ref_logp_BT - logp_BT
+    d_BT = ref_logp_BT - logp_BT  # trap: kl
     return torch.exp(d_BT) - d_BT - 1
 
 
 def adapted_beta(beta, kl, target, answers):
     """β after a step of `answers` answers whose mean KL was `kl`: moved towards the target (Ziegler et al. 2019)."""
-    error = min(max(kl / target - 1, -0.2), 0.2) if target else 0.0
+    if not target:
+        return beta
+    error = min(max(kl / target - 1, -0.2), 0.2)
     return beta * (1 + error * answers / 10_000)
 
 
@@ -95,52 +114,58 @@ def flags(parser):
     parser.add_argument("--mask_truncated", action="store_true", help="cut answers leave the loss (not the KL)")
 
 
-def update(run, policy, rollout, plan, advantage_BT, weight_BT, old_logp_BT, ref_logp_BT):
-    """The optimiser updates of one rollout, GRPO's eq. (2) to (5); returns their metrics, averaged over the updates.
+def update(run, policy, optimizer, rollout, plan, *, advantage_BT, weight_BT, old_logp_BT, ref_logp_BT):
+    """The optimiser updates of one rollout, GRPO's eq. (2) to (5). Returns their metrics, averaged over the updates.
 
     old_logp_BT is None when there is one update only: then π_old is the policy being read, ρ is 1 and the gradient is
     REINFORCE's. ref_logp_BT is None without a reference.
     """
-    args, mask_BT, updates = run.args, rollout.mask_BT, len(plan)
-    totals = dict(loss=0.0, kl=0.0, clip_fraction=0.0, grad_norm=0.0, gap=0.0, read=0.0)
-    for passes, weight_of, mask_of in zip(plan, weight_BT.chunk(updates), mask_BT.chunk(updates)):
-        # Both normalisers of the loss are whole before the first pass: all micro-batches, all processes.
-        weights, tokens = run.sum(weight_of.sum()).clamp_min(1e-6), run.sum(mask_of.sum())
-        for batch, alive in passes:
-            mask_bT, weight_bT = alive * mask_BT[batch], alive * weight_BT[batch]
+    args = run.args
+    mask_BT = rollout.mask_BT
+    grad_norms = []
+    for part in plan:
+        # Both normalisers are whole before the first pass: all micro-batches, all processes.  # trap: normaliser
+        total_weight = run.sum(weight_BT[part.answers].sum()).clamp_min(1e-6)
+        total_tokens = run.sum(mask_BT[part.answers].sum())
+        for batch in part:
             logp_bT = read(token_logps, rollout[batch], policy)
-            old_logp_bT = logp_bT.detach() if old_logp_BT is None else old_logp_BT[batch]
-            terms = logp_bT, old_logp_bT, advantage_BT[batch], args.epsilon, args.epsilon_high
-            loss = (policy_loss(*terms) * weight_bT).sum() / weights
+            old_logp_bT = logp_bT.detach() if old_logp_BT is None else old_logp_BT[batch]  # trap: ratio
+            inputs = (logp_bT, old_logp_bT, advantage_BT[batch])
+            loss_bT = policy_loss(*inputs, epsilon=args.epsilon, epsilon_high=args.epsilon_high)
+            clipped_bT = is_clipped(*inputs, epsilon=args.epsilon, epsilon_high=args.epsilon_high)
+            loss = (loss_bT * weight_BT[batch]).sum() / total_weight
+            numbers = dict(clip_fraction=(clipped_bT * weight_BT[batch]).sum() / total_weight)
             if ref_logp_BT is not None:
-                kl = (k3(logp_bT, ref_logp_BT[batch]) * mask_bT).sum() / tokens
+                kl = (k3(logp_bT, ref_logp_BT[batch]) * mask_BT[batch]).sum() / total_tokens
                 loss = loss + run.state["beta"] * kl
-                totals["kl"] += kl.detach() / updates
-            (loss * run.world).backward()  # sharded gradients are averaged over the processes, but the loss is a sum
-            totals["loss"] += loss.detach() / updates
-            totals["clip_fraction"] += (is_clipped(*terms) * weight_bT).sum() / weights / updates
-            totals["gap"] += ((old_logp_bT - rollout.logp_BT[batch]).abs() * mask_bT).sum()
-            totals["read"] += mask_bT.sum()
-        totals["grad_norm"] += run.optimizer_step() / updates / run.world
-    totals = {name: float(run.sum(total)) for name, total in totals.items()}
-    totals["sampler_gap"] = totals.pop("gap") / max(1.0, totals.pop("read"))
-    return totals if ref_logp_BT is not None else {k: v for k, v in totals.items() if k != "kl"}
+                numbers["kl"] = kl
+            part.backward(loss, **numbers)
+            part.compare(old_logp_bT, rollout[batch])
+        grad_norms.append(clip_gradients(policy, args.max_grad_norm))
+        optimizer.step()
+        optimizer.zero_grad()
+    return dict(plan.metrics(), grad_norm=run.mean(torch.tensor(grad_norms, dtype=torch.float64)))
 
 
 def main(args):
     if args.num_generations < 2:
         raise UserError(f"--num_generations is {args.num_generations}: a group needs at least 2 answers to compare")
     run = Run(args)
-    problems, held_out = load_problems(args.dataset), load_problems(args.eval_dataset)
+    problems = load_problems(args.dataset)
+    held_out = load_problems(args.eval_dataset)
     policy, processor = load_policy(args.model, run, train=True)
     reference = load_policy(args.model, run)[0] if args.beta else None
+    optimizer = torch.optim.AdamW(trained_weights(policy), lr=args.learning_rate, weight_decay=args.weight_decay)
+    check_problems(run, processor, problems, held_out)
     run.state["beta"] = args.beta
-    run.begin(policy, processor, problems, held_out)
+    run.start(policy, optimizer)
+    if held_out and run.done == 0:
+        run.log(0, evaluate(run, policy, processor, held_out))
 
     for step in run.steps():
         # --- sample: G answers to each of this step's problems --------------------------------------------------------
         rollout = sample(
-            policy, processor, run.draw(problems, step), args.num_generations, seed=(args.seed, step),
+            policy, processor, run.batch(problems, step), args.num_generations, seed=(args.seed, step),
             max_completion_length=args.max_completion_length, temperature=args.temperature,
             sample_batch_size=args.sample_batch_size,
         )
@@ -148,38 +173,56 @@ def main(args):
         run.lap("sample")
 
         # --- score: how good is each answer? --------------------------------------------------------------------------
-        accuracy_PG, format_PG = rollout.score(grade), rollout.score(format_reward)
+        accuracy_PG = rollout.score(grade)
+        format_PG = rollout.score(format_reward)
         rewards_PG = 0.9 * accuracy_PG + 0.1 * format_PG
 
         # --- credit: how much of it does each token carry? ------------------------------------------------------------
         advantages_PG = group_advantages(rewards_PG)
         advantage_BT = advantages_PG.view(-1, 1).expand_as(mask_BT)
-        live_B = (advantages_PG != 0).any(1).repeat_interleave(args.num_generations) | (args.beta > 0)
         weight_BT = token_weights(mask_BT, args.average)
         if args.mask_truncated:
             weight_BT = weight_BT * rollout.finished_B[:, None]
-        plan = run.plan(rollout, live_B)
-        passes = [index_b for update in plan for index_b, _ in update]
+        moved_B = (advantages_PG != 0).any(1).repeat_interleave(args.num_generations)
+        if reference is not None:
+            moved_B[:] = True  # the KL moves answers without credit too
+        plan = plan_updates(run, rollout, moved_B)
 
         # --- update: move towards the answers with credit -------------------------------------------------------------
-        with torch.no_grad():  # π_old is the policy before the first of the updates, not before each
-            several = args.updates_per_step > 1
-            old_logp_BT = read(token_logps, rollout, policy, batches=passes) if several else None
-            ref_logp_BT = read(token_logps, rollout, reference, batches=passes) if reference else None
-        metrics = update(run, policy, rollout, plan, advantage_BT, weight_BT, old_logp_BT, ref_logp_BT)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, args)
+        old_logp_BT, ref_logp_BT = None, None
+        with torch.no_grad():
+            if args.updates_per_step > 1:  # π_old is the policy before the first of the updates, not before each
+                old_logp_BT = read(token_logps, rollout, policy, batches=plan.batches)
+            if reference is not None:
+                ref_logp_BT = read(token_logps, rollout, reference, batches=plan.batches)
+        metrics = update(
+            run, policy, optimizer, rollout, plan,
+            advantage_BT=advantage_BT, weight_BT=weight_BT, old_logp_BT=old_logp_BT, ref_logp_BT=ref_logp_BT,
+        )
         run.lap("update")
 
         # --- log ------------------------------------------------------------------------------------------------------
         metrics |= dict(
             reward=run.mean(rewards_PG), reward_std=run.mean(rewards_PG.std(1)), accuracy=run.mean(accuracy_PG),
             format=run.mean(format_PG), frac_reward_zero_std=run.mean((advantages_PG == 0).all(1).float()),
+            learning_rate=learning_rate(step, args), **rollout.metrics(run),
         )
-        if reference:
+        if reference is not None:
             metrics["beta"] = run.state["beta"]
             answers = args.prompts_per_step * args.num_generations
             run.state["beta"] = adapted_beta(run.state["beta"], metrics["kl"], args.kl_target, answers)
-        run.log(step, rollout, rewards_PG.flatten(), **metrics)
+        if run.due(args.eval_steps):
+            metrics |= evaluate(run, policy, processor, held_out)
+        run.log(step, metrics, rollout.samples(rewards_PG.flatten()), rollout.pictures)
+
+        # --- checkpoint -----------------------------------------------------------------------------------------------
+        if run.due(args.save_steps):
+            run.save_checkpoint(step)
+
+    finish(run, policy, processor)
 
 
 if __name__ == "__main__":
-    launch("grpo", main, __doc__, flags, RECIPE, TOY)
+    launch("grpo", main, flags, doc=__doc__, recipe=RECIPE, toy=TOY)

@@ -1,48 +1,59 @@
 """MUPO: multi-group policy optimisation, many ways of thinking kept alive.
 
-Paper: MUPO, arXiv 2604.00479. GRPO lets one way of reasoning win: whatever is a little better takes all. Here a
-problem's N = G answers are embedded by their reasoning and split into K clusters G_k of at least G_min answers
-(constrained k-means, Bradley et al. 2000); answers compete inside their own cluster only, and right answers earn a
-bonus for being far from the other clusters. With e_i the normalised embedding of answer i:
+Why care: GRPO lets one way of reasoning win, because whatever is a little better takes all. A model that has forgotten
+its other ways gains nothing from a second try. MUPO lets answers compete only with answers that reason alike.
+
+Paper: MUPO, arXiv 2604.00479. A problem's G answers (the paper's N) are embedded by their reasoning and split into K
+clusters of at least G_min answers (constrained k-means, Bradley et al. 2000); answers compete inside their own cluster
+C_k, and right answers earn a bonus for being far from the other clusters. With e_i the normalised embedding of answer i:
 
     R_div(i) = mean of 1 − cos(e_i, e_j) over the answers j of other clusters                                   (1)
     R_i      = 0.9·accuracy + 0.1·format + λ(t)·[i is right]·R_div(i)                                           (2)
     λ(t)     = λ_min + ½(λ_max − λ_min)·(1 + cos(π·t/t_max))                                                    (3)
-    A_i      = w_k·(R_i − mean_k R)/(std_k R + 1e-6),     w_k = (N/(K·|G_k|))^β                                 (4)
+    A_i      = w_k·(R_i − mean_k R)/(std_k R + 1e-6),     w_k = (G/(K·|C_k|))^γ                                 (4)
     L        = Σ_bt weight_bt·ℓ_bt / Σ_bt weight_bt       ℓ as in grpo.py, eq. (2) and (3): GRPO's clipped loss (5)
 
-At β = 1 every cluster weighs the same, whatever its size. A cluster of one has A = 0; with K = 1, R_div = 0.
+In the paper these are its equations (5), (6), (7), (4), and (3) for w_k and the sum. γ is the paper's β: here β is the
+weight of the KL, as in all scripts. At γ = 1 every cluster weighs the same, whatever its size. A cluster of one has
+A = 0; with K = 1, R_div = 0. Optimiser (AdamW), packed rows and everything else are grpo.py's.
 
 Departures from the paper, and where its released code differs:
  1. The paper's equation (3) averages inside each cluster and multiplies by w_k too. The released code, and this, only
-    multiply each answer by w_k; --balance 2 is the paper's equation with β = 1, up to a constant.
+    multiply each answer by w_k; --balance 2 is the paper's equation with its β at 1, up to a constant.
  2. The ratio is per token, the paper writes it per sequence.
  3. The released code decays λ exponentially, rewards (0.9 − w)·accuracy + 0.1·format + w·2·R_div and has the partition
     commented out; this follows the paper.
+ 4. ε_high = 0.28 is the released code's; the paper has one ε. The paper gives no batch: ours is grpo.py's.
 A danger to watch: in a cluster whose answers are all right only R_div varies, and (4) blows it up to unit size; the
 metric only_diversity_clusters is the share of such clusters.
 
-Shapes: P problems, G answers to each, B = P·G answers, T tokens of the longest, D size of an embedding.
+Shapes: P problems, G answers to each, B = P·G answers, T tokens of the longest, D size of an embedding, K clusters.
 
     python mupo.py                                                              a laptop, minutes
     accelerate launch mupo.py --model Qwen/Qwen2.5-VL-7B-Instruct --dataset ViRL39K/FILE.parquet
                                                   the paper's size, several GPUs; a local copy, its pictures unpacked
 
+ViRL39K keeps its pictures in an archive beside its table: download both, unpack the archive, and name the table's file.
+
 A healthy run: as grpo.py's, but diversity falls less; smallest_cluster never falls below G_min.
 """
 
 import math
-import re
+
+from common import (
+    UserError, check_problems, evaluate, finish, format_reward, grade, is_right, load_policy, load_problems, read,
+    sample, token_logps, trained_weights,
+)
+from harness.diagnostics import record_clusters
+from harness.embedding import load_embedder, reasoning
+from harness.flags import at_least, launch
+from harness.run import Run, generator, learning_rate
+from harness.sharding import clip_gradients
+from harness.updates import plan_updates
 
 import numpy as np
 import torch
 from scipy.optimize import linear_sum_assignment
-from transformers import AutoModel, AutoTokenizer
-
-from common import (
-    Run, UserError, format_reward, generator, grade, is_right, launch, load_policy, load_problems, read, sample,
-    token_logps,
-)
 
 # --- the algorithm ----------------------------------------------------------------------------------------------------
 
@@ -51,7 +62,7 @@ def group_advantages(rewards_PG):
     """(P, G) → (P, G). GRPO's eq. (1); exactly 0 where a group's rewards are equal, whatever fp32 says of their std."""
     centred_PG = rewards_PG - rewards_PG.mean(1, keepdim=True)
     advantages_PG = centred_PG / (rewards_PG.std(1, keepdim=True) + 1e-6)
-    equal_P1 = rewards_PG.amax(1, keepdim=True) == rewards_PG.amin(1, keepdim=True)
+    equal_P1 = rewards_PG.amax(1, keepdim=True) == rewards_PG.amin(1, keepdim=True)  # trap: group std
     return advantages_PG.masked_fill(equal_P1, 0.0)
 
 
@@ -65,83 +76,79 @@ def policy_loss(logp_BT, old_logp_BT, advantage_BT, epsilon, epsilon_high):
 def is_clipped(logp_BT, old_logp_BT, advantage_BT, epsilon, epsilon_high):
     """(B, T) of 0/1: where the clip of GRPO's eq. (3) takes the gradient away."""
     ratio_BT = torch.exp(logp_BT - old_logp_BT)
-    too_good, too_bad = ratio_BT > 1 + epsilon_high, ratio_BT < 1 - epsilon
-    return ((too_good & (advantage_BT > 0)) | (too_bad & (advantage_BT < 0))).float()
+    too_good_BT = (ratio_BT > 1 + epsilon_high) & (advantage_BT > 0)
+    too_bad_BT = (ratio_BT < 1 - epsilon) & (advantage_BT < 0)
+    return (too_good_BT | too_bad_BT).float()
 
 
 def token_weights(mask_BT, average):
     """(B, T) → (B, T). "token": every token counts the same; "answer": every answer does, 1/|o_b| to a token."""
-    return mask_BT if average == "token" else mask_BT / mask_BT.sum(1, keepdim=True)
+    if average == "token":
+        return mask_BT
+    return mask_BT / mask_BT.sum(1, keepdim=True)
 
 
 def k3(logp_BT, ref_logp_BT):
     """(B, T) → (B, T). GRPO's eq. (5): never negative, 0 where the policies agree, unbiased for KL(π_θ‖π_ref)."""
-    d_BT = ref_logp_BT - logp_BT
+    d_BT = ref_logp_BT - logp_BT  # trap: kl
     return torch.exp(d_BT) - d_BT - 1
 
 
 def adapted_beta(beta, kl, target, answers):
     """β after a step of `answers` answers whose mean KL was `kl`: moved towards the target (Ziegler et al. 2019)."""
-    error = min(max(kl / target - 1, -0.2), 0.2) if target else 0.0
+    if not target:
+        return beta
+    error = min(max(kl / target - 1, -0.2), 0.2)
     return beta * (1 + error * answers / 10_000)
-
-
-def reasoning(text):
-    """The part of an answer that argues: inside <think>, else what stands before the last box, else all of it."""
-    block = re.search(r"<think>(.*?)</think>", text, re.DOTALL)
-    return block and block.group(1).strip() or text.rpartition("\\boxed")[0].strip() or text.strip()
-
-
-def ngrams(texts, most=2):
-    """Bags of word n-grams, n up to `most`, normalised: a list of N texts → (N, D). Needs no model: the tabletop's."""
-    bags = []
-    for text in texts:
-        words = re.findall(r"\w+|[^\w\s]", text)
-        bags.append([tuple(words[i:i + n]) for n in range(1, most + 1) for i in range(len(words) - n + 1)])
-    place = {gram: d for d, gram in enumerate(sorted({gram for bag in bags for gram in bag}))}
-    counts_ND = torch.zeros(len(texts), max(1, len(place)))
-    for row, bag in zip(counts_ND, bags):
-        row.index_add_(0, torch.tensor([place[gram] for gram in bag], dtype=torch.long), torch.ones(len(bag)))
-    return torch.nn.functional.normalize(counts_ND, dim=1)
-
-
-class Embedder:
-    """A sentence-embedding model: its last layer's state of the last token, normalised. Frozen, read without grad."""
-
-    def __init__(self, name, device):
-        try:
-            self.tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left")
-            self.model = AutoModel.from_pretrained(name).to(device).eval().requires_grad_(False)
-        except (OSError, ValueError) as error:
-            reason = " ".join(str(error).split())[:120]
-            raise UserError(f"--embedder {name} is no folder or name of a model, nor ngrams: {reason}") from None
-
-    @torch.no_grad()
-    def __call__(self, texts, batch=32):
-        """A list of N texts → (N, D) on the CPU. Padding stands on the left, so the last place is the last token."""
-        states = []
-        for start in range(0, len(texts), batch):
-            inputs = self.tokenizer(texts[start:start + batch], padding=True, return_tensors="pt").to(self.model.device)
-            states.append(self.model(**inputs).last_hidden_state[:, -1].float().cpu())
-        return torch.nn.functional.normalize(torch.cat(states), dim=1)
 
 
 def assign(distance_GK, min_size):
     """The cheapest assignment of G points to K centroids with at least `min_size` points each: (G, K) → labels (G,).
 
-    A matching of points to seats: each centroid has `min_size` obligatory seats, and the seats left over are free, at
-    the distance to the nearest centroid.
+    A matching of points to seats: each centroid has `min_size` seats that must be taken, at the distance to it; the
+    seats left over are free, at the distance to the nearest centroid.
     """
     G, K = distance_GK.shape
-    free = np.repeat(distance_GK.min(1, keepdims=True), G - K * min_size, axis=1)
-    _, seat_G = linear_sum_assignment(np.concatenate([np.repeat(distance_GK, min_size, axis=1), free], axis=1))
+    nearest_G1 = distance_GK.min(1, keepdims=True)
+    must_be_taken = np.repeat(distance_GK, min_size, axis=1)
+    free = np.repeat(nearest_G1, G - K * min_size, axis=1)
+    _, seat_G = linear_sum_assignment(np.concatenate([must_be_taken, free], axis=1))
     return np.where(seat_G < K * min_size, seat_G // max(1, min_size), distance_GK.argmin(1))
+
+
+def spread_seeds(apart_GG, clusters, random):
+    """k-means++: places of `clusters` points, each drawn with its squared distance to the nearest one drawn before."""
+    G = len(apart_GG)
+    chosen = [random.integers(G)]
+    while len(chosen) < clusters:
+        near_G = apart_GG[chosen].min(0) + 1e-12  # where all points coincide, any will do
+        chosen.append(random.choice(G, p=near_G / near_G.sum()))
+    return chosen
+
+
+def k_means(apart_GG, chosen, clusters, min_size):
+    """Lloyd's two steps from the points `chosen`, while they help: labels (G,) and their cost."""
+    G = len(apart_GG)
+    labels_G = assign(apart_GG[:, chosen], min_size)
+    cost = np.inf
+    while True:
+        member_GK = np.eye(clusters)[labels_G] / np.bincount(labels_G, minlength=clusters)
+        # ‖x − c‖² to a mean c needs no c: the mean of ‖x − m‖² over the members m, less half their mean spread.
+        spread_K = np.einsum("gk,gh,hk->k", member_GK, apart_GG, member_GK) / 2
+        distance_GK = apart_GG @ member_GK - spread_K
+        new_cost = distance_GK[np.arange(G), labels_G].sum()
+        if new_cost >= cost - 1e-12:
+            return kept_G, cost
+        cost = new_cost
+        kept_G = labels_G
+        labels_G = assign(distance_GK, min_size)
 
 
 def partition(embeddings_GD, clusters, min_size, seed, restarts=32):
     """Constrained k-means: normalised embeddings (G, D) → labels (G,) below `clusters`, each at least min_size times.
 
-    Squared Euclidean distances; k-means++ seeds; the best of `restarts`; a function of its arguments alone.
+    Squared Euclidean distances; the best of `restarts`; a function of its arguments alone. UserError where G answers
+    cannot fill the clusters.
     """
     G = len(embeddings_GD)
     if G < clusters * min_size:
@@ -150,26 +157,16 @@ def partition(embeddings_GD, clusters, min_size, seed, restarts=32):
     if clusters == 1:
         return torch.zeros(G, dtype=torch.long)
     gram_GG = (embeddings_GD.double() @ embeddings_GD.double().T).numpy()
-    apart_GG = np.maximum(gram_GG.diagonal()[:, None] + gram_GG.diagonal() - 2 * gram_GG, 0)
-    random, best = np.random.default_rng(seed), (np.inf, None)
+    norm_G = gram_GG.diagonal()
+    apart_GG = np.maximum(norm_G[:, None] + norm_G - 2 * gram_GG, 0)
+    random = np.random.default_rng(seed)
+    lowest = np.inf
     for _ in range(restarts):
-        chosen = [random.integers(G)]
-        while len(chosen) < clusters:
-            near_G = apart_GG[chosen].min(0) + 1e-12  # where all points coincide, any will do
-            chosen.append(random.choice(G, p=near_G / near_G.sum()))
-        labels_G, cost = assign(apart_GG[:, chosen], min_size), np.inf
-        while True:  # Lloyd's two steps, while they help
-            member_GK = np.eye(clusters)[labels_G] / np.bincount(labels_G, minlength=clusters)
-            # ‖x − c‖² to a mean c needs no c: the mean of ‖x − m‖² over the members m, less half their mean spread.
-            spread_K = np.einsum("gk,gh,hk->k", member_GK, apart_GG, member_GK) / 2
-            distance_GK = apart_GG @ member_GK - spread_K
-            now = distance_GK[np.arange(G), labels_G].sum()
-            if now >= cost - 1e-12:
-                break
-            cost, kept_G, labels_G = now, labels_G, assign(distance_GK, min_size)
-        if cost < best[0] - 1e-12:
-            best = cost, kept_G
-    return torch.from_numpy(best[1])
+        labels_G, cost = k_means(apart_GG, spread_seeds(apart_GG, clusters, random), clusters, min_size)
+        if cost < lowest - 1e-12:
+            lowest = cost
+            best_G = labels_G
+    return torch.from_numpy(best_G)
 
 
 def diversity(embeddings_GD, labels_G):
@@ -186,38 +183,14 @@ def diversity_weight(step, total_steps, highest, lowest):
 
 def cluster_advantages(rewards_G, labels_G, balance):
     """Eq. (4): (G,), (G,) → (G,). The z-score inside each cluster, times w_k; 0 in a cluster of one."""
-    advantages_G, names = torch.zeros_like(rewards_G), labels_G.unique()
+    advantages_G = torch.zeros_like(rewards_G)
+    names = labels_G.unique()
     for name in names:
         members = (labels_G == name).nonzero()[:, 0]
         if len(members) > 1:
             weight = (len(rewards_G) / (len(names) * len(members))) ** balance
             advantages_G[members] = weight * group_advantages(rewards_G[None, members])[0]
     return advantages_G
-
-
-def cluster_metrics(run, embeddings_PGD, labels_PG, plain_PG, rewards_PG):
-    """How far apart the reasoning of a group is, how large its clusters are, and how many only R_div decides in."""
-    G = len(labels_PG[0])
-    apart_P = torch.stack([(1 - e_GD @ e_GD.T).sum() / (G * (G - 1)) for e_GD in embeddings_PGD])
-    sizes_P = [labels_G.bincount().float() for labels_G in labels_PG]
-    only = [float(len(plain_G[labels_G == k].unique()) == 1 < len(rewards_G[labels_G == k].unique()))
-            for plain_G, rewards_G, labels_G in zip(plain_PG.cpu(), rewards_PG.cpu(), labels_PG)
-            for k in labels_G.unique() if (labels_G == k).sum() > 1]
-    return dict(
-        diversity=run.mean(apart_P), smallest_cluster=run.mean(torch.stack([x.min() for x in sizes_P])),
-        largest_cluster=run.mean(torch.stack([x.max() for x in sizes_P])),
-        only_diversity_clusters=run.mean(torch.tensor(only)),
-    )
-
-
-def cluster_rows(step, rollout, embeddings_PGD, labels_PG, accuracy_PG, most=4):
-    """Lines of clusters.jsonl, from which the end of a run draws clusters.png: the groups of a few problems."""
-    G, rows = len(labels_PG[0]), []
-    for p, problem in enumerate(rollout.prompts.problems[:most]):
-        rows.append(dict(
-            step=step, id=problem["id"], problem=problem["problem"], embeddings=embeddings_PGD[p].tolist(),
-            labels=labels_PG[p].tolist(), accuracy=accuracy_PG[p].tolist(), texts=rollout.texts[p * G:(p + 1) * G]))
-    return rows
 
 
 # --- the run ----------------------------------------------------------------------------------------------------------
@@ -239,45 +212,46 @@ def flags(parser):
     parser.add_argument("--average", choices=("token", "answer"), default="token", help="what counts the same")
     parser.add_argument("--beta", type=float, default=0.0, help="β, weight of the KL to the starting model")
     parser.add_argument("--kl_target", type=float, default=0.0, help="adapt β towards this KL (0: β stays)")
-    parser.add_argument("--clusters", type=int, default=3, help="K, clusters that a group is split into")
-    parser.add_argument("--min_cluster", type=int, default=3, help="G_min, answers that a cluster has at least")
-    parser.add_argument("--balance", type=float, default=1.0, help="β of eq. (4): at 1 every cluster weighs the same")
+    parser.add_argument("--mask_truncated", action="store_true", help="cut answers leave the loss (not the KL)")
+    parser.add_argument("--clusters", type=at_least(1), default=3, help="K, clusters that a group is split into")
+    parser.add_argument("--min_cluster", type=at_least(1), default=3, help="G_min, answers that a cluster has at least")
+    parser.add_argument("--balance", type=float, default=1.0, help="γ of eq. (4): at 1 every cluster weighs the same")
     parser.add_argument("--diversity_weight", type=float, default=0.4, help="λ_max, at the first step")
     parser.add_argument("--min_diversity_weight", type=float, default=0.1, help="λ_min, at the last step")
     parser.add_argument("--embedder", default="Qwen/Qwen3-Embedding-0.6B", help="a sentence-embedding model, or ngrams")
-    parser.add_argument("--mask_truncated", action="store_true", help="cut answers leave the loss (not the KL)")
 
 
-def update(run, policy, rollout, plan, advantage_BT, weight_BT, old_logp_BT, ref_logp_BT):
-    """The optimiser updates of one rollout, GRPO's eq. (2) to (5); returns their metrics, averaged over the updates.
+def update(run, policy, optimizer, rollout, plan, *, advantage_BT, weight_BT, old_logp_BT, ref_logp_BT):
+    """The optimiser updates of one rollout, GRPO's eq. (2) to (5). Returns their metrics, averaged over the updates.
 
     old_logp_BT is None when there is one update only: then π_old is the policy being read, ρ is 1 and the gradient is
     REINFORCE's. ref_logp_BT is None without a reference.
     """
-    args, mask_BT, updates = run.args, rollout.mask_BT, len(plan)
-    totals = dict(loss=0.0, kl=0.0, clip_fraction=0.0, grad_norm=0.0, gap=0.0, read=0.0)
-    for passes, weight_of, mask_of in zip(plan, weight_BT.chunk(updates), mask_BT.chunk(updates)):
-        # Both normalisers of the loss are whole before the first pass: all micro-batches, all processes.
-        weights, tokens = run.sum(weight_of.sum()).clamp_min(1e-6), run.sum(mask_of.sum())
-        for batch, alive in passes:
-            mask_bT, weight_bT = alive * mask_BT[batch], alive * weight_BT[batch]
+    args = run.args
+    mask_BT = rollout.mask_BT
+    grad_norms = []
+    for part in plan:
+        # Both normalisers are whole before the first pass: all micro-batches, all processes.  # trap: normaliser
+        total_weight = run.sum(weight_BT[part.answers].sum()).clamp_min(1e-6)
+        total_tokens = run.sum(mask_BT[part.answers].sum())
+        for batch in part:
             logp_bT = read(token_logps, rollout[batch], policy)
-            old_logp_bT = logp_bT.detach() if old_logp_BT is None else old_logp_BT[batch]
-            terms = logp_bT, old_logp_bT, advantage_BT[batch], args.epsilon, args.epsilon_high
-            loss = (policy_loss(*terms) * weight_bT).sum() / weights
+            old_logp_bT = logp_bT.detach() if old_logp_BT is None else old_logp_BT[batch]  # trap: ratio
+            inputs = (logp_bT, old_logp_bT, advantage_BT[batch])
+            loss_bT = policy_loss(*inputs, epsilon=args.epsilon, epsilon_high=args.epsilon_high)
+            clipped_bT = is_clipped(*inputs, epsilon=args.epsilon, epsilon_high=args.epsilon_high)
+            loss = (loss_bT * weight_BT[batch]).sum() / total_weight
+            numbers = dict(clip_fraction=(clipped_bT * weight_BT[batch]).sum() / total_weight)
             if ref_logp_BT is not None:
-                kl = (k3(logp_bT, ref_logp_BT[batch]) * mask_bT).sum() / tokens
+                kl = (k3(logp_bT, ref_logp_BT[batch]) * mask_BT[batch]).sum() / total_tokens
                 loss = loss + run.state["beta"] * kl
-                totals["kl"] += kl.detach() / updates
-            (loss * run.world).backward()  # sharded gradients are averaged over the processes, but the loss is a sum
-            totals["loss"] += loss.detach() / updates
-            totals["clip_fraction"] += (is_clipped(*terms) * weight_bT).sum() / weights / updates
-            totals["gap"] += ((old_logp_bT - rollout.logp_BT[batch]).abs() * mask_bT).sum()
-            totals["read"] += mask_bT.sum()
-        totals["grad_norm"] += run.optimizer_step() / updates / run.world
-    totals = {name: float(run.sum(total)) for name, total in totals.items()}
-    totals["sampler_gap"] = totals.pop("gap") / max(1.0, totals.pop("read"))
-    return totals if ref_logp_BT is not None else {k: v for k, v in totals.items() if k != "kl"}
+                numbers["kl"] = kl
+            part.backward(loss, **numbers)
+            part.compare(old_logp_bT, rollout[batch])
+        grad_norms.append(clip_gradients(policy, args.max_grad_norm))
+        optimizer.step()
+        optimizer.zero_grad()
+    return dict(plan.metrics(), grad_norm=run.mean(torch.tensor(grad_norms, dtype=torch.float64)))
 
 
 def main(args):
@@ -287,17 +261,22 @@ def main(args):
         raise UserError(f"--num_generations {args.num_generations} cannot fill --clusters {args.clusters} of at least "
                         f"--min_cluster {args.min_cluster} answers")
     run = Run(args)
-    embed = ngrams if args.embedder == "ngrams" else Embedder(args.embedder, run.device)
-    problems, held_out = load_problems(args.dataset), load_problems(args.eval_dataset)
+    embed = load_embedder(args.embedder, run.device)
+    problems = load_problems(args.dataset)
+    held_out = load_problems(args.eval_dataset)
     policy, processor = load_policy(args.model, run, train=True)
     reference = load_policy(args.model, run)[0] if args.beta else None
+    optimizer = torch.optim.AdamW(trained_weights(policy), lr=args.learning_rate, weight_decay=args.weight_decay)
+    check_problems(run, processor, problems, held_out)
     run.state["beta"] = args.beta
-    run.begin(policy, processor, problems, held_out)
+    run.start(policy, optimizer)
+    if held_out and run.done == 0:
+        run.log(0, evaluate(run, policy, processor, held_out))
 
     for step in run.steps():
         # --- sample: G answers to each of this step's problems --------------------------------------------------------
         rollout = sample(
-            policy, processor, run.draw(problems, step), args.num_generations, seed=(args.seed, step),
+            policy, processor, run.batch(problems, step), args.num_generations, seed=(args.seed, step),
             max_completion_length=args.max_completion_length, temperature=args.temperature,
             sample_batch_size=args.sample_batch_size,
         )
@@ -305,49 +284,71 @@ def main(args):
         run.lap("sample")
 
         # --- score: how good is each answer? --------------------------------------------------------------------------
-        accuracy_PG, format_PG = rollout.score(grade), rollout.score(format_reward)
-        embeddings_PGD = embed([reasoning(text) for text in rollout.texts]).split(args.num_generations)
-        seeds = [generator(args.seed, step, p["id"], "clusters").initial_seed() for p in rollout.prompts.problems]
-        labels_PG = [partition(e_GD, args.clusters, args.min_cluster, s) for e_GD, s in zip(embeddings_PGD, seeds)]
-        diversity_PG = torch.stack([diversity(*pair) for pair in zip(embeddings_PGD, labels_PG)]).to(run.device)
-        weight = diversity_weight(step, args.max_steps, args.diversity_weight, args.min_diversity_weight)
+        accuracy_PG = rollout.score(grade)
+        format_PG = rollout.score(format_reward)
         plain_PG = 0.9 * accuracy_PG + 0.1 * format_PG
-        rewards_PG = plain_PG + weight * rollout.score(is_right) * diversity_PG
+        embeddings_PGD = embed([reasoning(text) for text in rollout.texts]).split(args.num_generations)
+        labels_PG = []
+        for problem, embeddings_GD in zip(rollout.prompts.problems, embeddings_PGD, strict=True):
+            seed = generator(args.seed, step, problem["id"], "clusters").initial_seed()
+            labels_PG.append(partition(embeddings_GD, args.clusters, args.min_cluster, seed))
+        diversity_PG = torch.stack([diversity(*pair) for pair in zip(embeddings_PGD, labels_PG, strict=True)])
+        weight = diversity_weight(step, args.max_steps, args.diversity_weight, args.min_diversity_weight)
+        rewards_PG = plain_PG + weight * rollout.score(is_right) * diversity_PG.to(run.device)
 
         # --- credit: how much of it does each token carry? ------------------------------------------------------------
-        competing = zip(rewards_PG, labels_PG)  # each answer with those of its own cluster only
-        advantages_PG = torch.stack([cluster_advantages(*pair, args.balance) for pair in competing])
+        advantages_PG = torch.stack([  # each answer competes with those of its own cluster only
+            cluster_advantages(rewards_G, labels_G, args.balance)
+            for rewards_G, labels_G in zip(rewards_PG, labels_PG, strict=True)
+        ])
         advantage_BT = advantages_PG.view(-1, 1).expand_as(mask_BT)
-        live_B = (advantages_PG != 0).any(1).repeat_interleave(args.num_generations) | (args.beta > 0)
         weight_BT = token_weights(mask_BT, args.average)
         if args.mask_truncated:
             weight_BT = weight_BT * rollout.finished_B[:, None]
-        plan = run.plan(rollout, live_B)
-        passes = [index_b for update in plan for index_b, _ in update]
+        moved_B = (advantages_PG != 0).any(1).repeat_interleave(args.num_generations)
+        if reference is not None:
+            moved_B[:] = True  # the KL moves answers without credit too
+        plan = plan_updates(run, rollout, moved_B)
 
         # --- update: move towards the answers with credit -------------------------------------------------------------
-        with torch.no_grad():  # π_old is the policy before the first of the updates, not before each
-            several = args.updates_per_step > 1
-            old_logp_BT = read(token_logps, rollout, policy, batches=passes) if several else None
-            ref_logp_BT = read(token_logps, rollout, reference, batches=passes) if reference else None
-        metrics = update(run, policy, rollout, plan, advantage_BT, weight_BT, old_logp_BT, ref_logp_BT)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, args)
+        old_logp_BT, ref_logp_BT = None, None
+        with torch.no_grad():
+            if args.updates_per_step > 1:  # π_old is the policy before the first of the updates, not before each
+                old_logp_BT = read(token_logps, rollout, policy, batches=plan.batches)
+            if reference is not None:
+                ref_logp_BT = read(token_logps, rollout, reference, batches=plan.batches)
+        metrics = update(
+            run, policy, optimizer, rollout, plan,
+            advantage_BT=advantage_BT, weight_BT=weight_BT, old_logp_BT=old_logp_BT, ref_logp_BT=ref_logp_BT,
+        )
         run.lap("update")
 
         # --- log ------------------------------------------------------------------------------------------------------
         metrics |= dict(
             reward=run.mean(rewards_PG), reward_std=run.mean(rewards_PG.std(1)), accuracy=run.mean(accuracy_PG),
             format=run.mean(format_PG), frac_reward_zero_std=run.mean((advantages_PG == 0).all(1).float()),
+            learning_rate=learning_rate(step, args), **rollout.metrics(run),
         )
-        metrics |= dict(diversity_weight=weight) | cluster_metrics(run, embeddings_PGD, labels_PG, plain_PG, rewards_PG)
-        if reference:
+        metrics |= dict(diversity_weight=weight) | record_clusters(
+            run, rollout, embeddings_PGD, labels_PG,
+            accuracy_PG=accuracy_PG, plain_PG=plain_PG, rewards_PG=rewards_PG,
+        )
+        if reference is not None:
             metrics["beta"] = run.state["beta"]
             answers = args.prompts_per_step * args.num_generations
             run.state["beta"] = adapted_beta(run.state["beta"], metrics["kl"], args.kl_target, answers)
-        if step == args.max_steps:
-            rows = cluster_rows(step, rollout, embeddings_PGD, labels_PG, accuracy_PG)
-            run.append(run.path("clusters.jsonl"), rows)
-        run.log(step, rollout, rewards_PG.flatten(), **metrics)
+        if run.due(args.eval_steps):
+            metrics |= evaluate(run, policy, processor, held_out)
+        run.log(step, metrics, rollout.samples(rewards_PG.flatten()), rollout.pictures)
+
+        # --- checkpoint -----------------------------------------------------------------------------------------------
+        if run.due(args.save_steps):
+            run.save_checkpoint(step)
+
+    finish(run, policy, processor)
 
 
 if __name__ == "__main__":
-    launch("mupo", main, __doc__, flags, RECIPE, TOY)
+    launch("mupo", main, flags, doc=__doc__, recipe=RECIPE, toy=TOY)

@@ -1,5 +1,8 @@
 """OPD: on-policy distillation, a larger model of the same family reads what the smaller one wrote.
 
+Why care: a reward says one thing about a whole answer; a teacher says at every token what it would have written there.
+It is the cheapest way to move a small model, and it learns from its own mistakes, not from someone else's text.
+
 Paper: arXiv 2606.09059 (abstract and captions only, the recipe is ours); the loss is the on-policy reverse KL of GKD,
 arXiv 2306.13649. The student samples, the teacher reads the same answers with the same pictures, and at every token
 the student moves towards the teacher's whole distribution. With p_t, q_t the student's and the teacher's next-token
@@ -8,8 +11,10 @@ distributions behind the same prefix:
     KL_t = KL(p_t‖q_t) = Σ_v p_t(v)·(log p_t(v) − log q_t(v))         full vocabulary, T = 1, in nats            (1)
     L    = Σ_bt m_bt·KL_bt / Σ_bt m_bt                                m is 1 on the tokens of the answers        (2)
 
-Both sums run over the whole optimiser batch: all micro-batches, all processes. There is no reward: accuracy is logged,
-never trained on. The gradient goes through p_t of (1), not through the sampling: prefixes are held fixed.
+The equation numbers are ours: neither paper's own were within reach when this was written. The optimiser is AdamW; a
+group is read as one packed row, the picture and the prompt once. Both sums of (2) run over the whole optimiser batch:
+all micro-batches, all processes. There is no reward: accuracy is logged, never trained on. The gradient goes through
+p_t of (1), not through the sampling: prefixes are held fixed.
 
 --estimator sampled knows q at the sampled token o_t only, as other implementations do, and is an RL step whose
 advantage is the log-ratio:
@@ -39,25 +44,31 @@ A healthy run: teacher_kl falls fast, then slowly; accuracy rises towards the te
 surer than the student, but need not.
 """
 
-import torch
-
 from common import (
-    MODEL_FLAGS, ROLLOUT_FLAGS, TRAIN_FLAGS, Run, UserError, format_reward, grade, launch, load_policy, load_problems,
-    read, sample, token_logps,
+    UserError, check_problems, evaluate, finish, format_reward, grade, load_policy, load_problems, read, sample,
+    token_logps, trained_weights,
 )
+from harness.flags import GROUP_FLAGS, MODEL_FLAGS, TRAIN_FLAGS, launch
+from harness.run import Run, learning_rate
+from harness.sharding import clip_gradients
+from harness.updates import plan_updates
+
+import torch
 
 # --- the algorithm ----------------------------------------------------------------------------------------------------
 
 
 def reverse_kl(student_logits, teacher_logits):
     """Eq. (1): (..., V), (..., V) → (...), in nats. The gradient is the student's alone."""
-    logp, teacher_logp = student_logits.log_softmax(-1), teacher_logits.detach().log_softmax(-1)
+    logp = student_logits.log_softmax(-1)
+    teacher_logp = teacher_logits.detach().log_softmax(-1)  # trap: double detach
     return (logp.exp() * (logp - teacher_logp)).sum(-1)
 
 
 def forward_kl(student_logits, teacher_logits):
     """KL(q‖p) of teacher q and student p: (..., V), (..., V) → (...), in nats. The gradient is the student's alone."""
-    logp, teacher_logp = student_logits.log_softmax(-1), teacher_logits.detach().log_softmax(-1)
+    logp = student_logits.log_softmax(-1)
+    teacher_logp = teacher_logits.detach().log_softmax(-1)
     return (teacher_logp.exp() * (teacher_logp - logp)).sum(-1)
 
 
@@ -79,7 +90,8 @@ def sampled(logits_NV, teacher_logits_NV, tokens_N):
     logp_N = token_logps(logits_NV, tokens_N)
     old_logp_N = logp_N.detach()  # one update per rollout: the policy being read is the one that sampled, ρ is 1
     advantage_N = token_logps(teacher_logits_NV.detach(), tokens_N) - old_logp_N
-    return policy_loss(logp_N, old_logp_N, advantage_N, 0.2, 0.2), -advantage_N, old_logp_N
+    loss_N = policy_loss(logp_N, old_logp_N, advantage_N, epsilon=0.2, epsilon_high=0.2)
+    return loss_N, -advantage_N, old_logp_N
 
 
 def forward(logits_NV, teacher_logits_NV, tokens_N):
@@ -98,8 +110,7 @@ TOY = dict(
     learning_rate=1.2e-3, lr_scheduler_type="cosine", warmup_steps=10, max_steps=100, max_completion_length=64,
     micro_batch_size=64, train_vision=True, gradient_checkpointing=False, eval_steps=20,
 )
-# One update per rollout: of the flags of a rollout only G.
-TABLES = MODEL_FLAGS, TRAIN_FLAGS, {"num_generations": ROLLOUT_FLAGS["num_generations"]}
+TABLES = (MODEL_FLAGS, TRAIN_FLAGS, GROUP_FLAGS)  # there is one update to a rollout
 
 
 def flags(parser):
@@ -111,55 +122,79 @@ def flags(parser):
 
 def check_vocabulary(args, processor, teacher_processor):
     """UserError unless the same ids mean the same words to both: else (1) compares distributions over other things."""
-    ours, theirs = (x.tokenizer.get_vocab() for x in (processor, teacher_processor))
+    ours = processor.tokenizer.get_vocab()
+    theirs = teacher_processor.tokenizer.get_vocab()
     other = sorted(word for word in {*ours, *theirs} if ours.get(word) != theirs.get(word))
     if other:
         raise UserError(f"--teacher {args.teacher} has another tokenizer than {args.model}: {len(other)} words differ, "
                         f"{other[0]!r} for one; distil from a model of the same family")
 
 
-def distil(run, policy, teacher, rollout):
-    """The optimiser update of one rollout, eq. (2); returns its metrics."""
-    mask_BT, everything_B = rollout.mask_BT, torch.ones(len(rollout), dtype=torch.bool)
-    totals = dict(loss=0.0, teacher_kl=0.0, sampler_gap=0.0)
-    tokens = run.sum(mask_BT.sum())  # whole before the first pass: all micro-batches, all processes
-    for batch, alive in run.plan(rollout, everything_B)[0]:
-        mask_bT = alive * mask_BT[batch]
-        loss_bT, kl_bT, logp_bT = read(ESTIMATORS[run.args.estimator], rollout[batch], policy, teacher)
-        loss = (loss_bT * mask_bT).sum() / tokens
-        (loss * run.world).backward()  # sharded gradients are averaged over the processes, but the loss is a sum
-        totals["loss"] += loss.detach()
-        totals["teacher_kl"] += (kl_bT * mask_bT).sum() / tokens
-        totals["sampler_gap"] += ((logp_bT - rollout.logp_BT[batch]).abs() * mask_bT).sum() / tokens
-    return {name: run.sum(total) for name, total in totals.items()} | dict(grad_norm=run.optimizer_step())
+def distil(run, policy, optimizer, rollout, teacher):
+    """The optimiser update of one rollout, eq. (2). Returns its metrics."""
+    plan = plan_updates(run, rollout)
+    mask_BT = rollout.mask_BT
+    total_tokens = run.sum(mask_BT.sum())  # whole before the first pass: all micro-batches, all processes
+    for part in plan:
+        for batch in part:
+            mask_bT = mask_BT[batch]
+            loss_bT, kl_bT, logp_bT = read(ESTIMATORS[run.args.estimator], rollout[batch], policy, teacher)
+            gap_bT = (logp_bT - rollout.logp_BT[batch]).abs()
+            part.backward(
+                (loss_bT * mask_bT).sum() / total_tokens,
+                teacher_kl=(kl_bT * mask_bT).sum() / total_tokens,
+                sampler_gap=(gap_bT * mask_bT).sum() / total_tokens,
+            )
+    grad_norm = clip_gradients(policy, run.args.max_grad_norm)
+    optimizer.step()
+    optimizer.zero_grad()
+    return dict(plan.metrics(), grad_norm=grad_norm)
 
 
 def main(args):
     run = Run(args)
-    problems, held_out = load_problems(args.dataset), load_problems(args.eval_dataset)
+    problems = load_problems(args.dataset)
+    held_out = load_problems(args.eval_dataset)
     policy, processor = load_policy(args.model, run, train=True)
     teacher, teacher_processor = load_policy(args.teacher, run)
     check_vocabulary(args, processor, teacher_processor)
-    run.begin(policy, processor, problems, held_out)
+    optimizer = torch.optim.AdamW(trained_weights(policy), lr=args.learning_rate, weight_decay=args.weight_decay)
+    check_problems(run, processor, problems, held_out)
+    run.start(policy, optimizer)
+    if held_out and run.done == 0:
+        run.log(0, evaluate(run, policy, processor, held_out))
 
     for step in run.steps():
         # --- sample: G answers of the student to each of this step's problems -----------------------------------------
         rollout = sample(
-            policy, processor, run.draw(problems, step), args.num_generations, seed=(args.seed, step),
+            policy, processor, run.batch(problems, step), args.num_generations, seed=(args.seed, step),
             max_completion_length=args.max_completion_length, temperature=args.temperature,
             sample_batch_size=args.sample_batch_size,
         )
         run.lap("sample")
 
         # --- update: move towards the teacher on the student's own answers --------------------------------------------
-        metrics = distil(run, policy, teacher, rollout)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, args)
+        metrics = distil(run, policy, optimizer, rollout, teacher=teacher)
         run.lap("update")
 
         # --- log: accuracy is watched, nothing learns from it ---------------------------------------------------------
         accuracy_PG = rollout.score(grade)
-        metrics |= dict(accuracy=run.mean(accuracy_PG), format=run.mean(rollout.score(format_reward)))
-        run.log(step, rollout, accuracy_PG.flatten(), **metrics)
+        metrics |= dict(
+            accuracy=run.mean(accuracy_PG), format=run.mean(rollout.score(format_reward)),
+            learning_rate=learning_rate(step, args), **rollout.metrics(run),
+        )
+        if run.due(args.eval_steps):
+            metrics |= evaluate(run, policy, processor, held_out)
+        run.log(step, metrics, rollout.samples(accuracy_PG.flatten()), rollout.pictures)
+
+        # --- checkpoint -----------------------------------------------------------------------------------------------
+        if run.due(args.save_steps):
+            run.save_checkpoint(step)
+
+    finish(run, policy, processor)
 
 
 if __name__ == "__main__":
-    launch("opd", main, __doc__, flags, RECIPE, TOY, tables=TABLES)
+    launch("opd", main, flags, doc=__doc__, recipe=RECIPE, toy=TOY, tables=TABLES)

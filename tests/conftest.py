@@ -12,8 +12,8 @@ from PIL import Image
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a name that is no folder must fail at once, not after retries
 torch.set_num_threads(1)  # the models are tiny: two threads wait for each other more than they work
 
-import common  # noqa: E402
-from lab import toy  # noqa: E402
+import common
+from tabletop import models
 
 ROOT = Path(__file__).parent.parent
 
@@ -22,7 +22,7 @@ ROOT = Path(__file__).parent.parent
 def folder(tmp_path_factory):
     """An untrained Qwen2.5-VL of the tabletop's size, as a checkpoint folder."""
     place = tmp_path_factory.mktemp("model") / "untrained"
-    toy.untrained(str(place))
+    models.untrained(str(place))
     return str(place)
 
 

@@ -2,82 +2,138 @@
 compare: every gradient (gathered), every answer. `python tests/drive.py grpo --model ...`, torchrun likewise.
 
 LOGITS=16384 makes small chunks of the head's positions.
-KILL_AT=3 ends the process with SIGKILL once the line of step 3 is written; KILL_AT=checkpoint while a checkpoint is."""
+KILL_AT=3 ends the process with SIGKILL once the line of step 3 is written; KILL_AT=checkpoint while a checkpoint is.
+"""
 
 import importlib
+import importlib.util
 import json
 import os
 import signal
 import sys
-
-import torch
+from unittest import mock
 
 import common
+import harness.run
+from harness.flags import ALL_TABLES, launch
+from harness.run import write_atomically
+
+import torch
+from torch.distributed.tensor import DTensor
 
 
 def even_length(problem, text):
     return float(len(text) % 2 == 0)
 
 
-def measure(*argv):
-    """eval_passk.py in this process."""
-    import eval_passk as script
-    common.launch("eval_passk", script.main, script.__doc__, script.flags, script.RECIPE, script.TOY,
-                  argv=list(map(str, argv)), tables=(common.MODEL_FLAGS,))
-
-
 def die(*args, **kwargs):
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-class Run(common.Run):
+class Run(harness.run.Run):
+    """A run on one thread, which can be killed behind a line of its log."""
+
     def __init__(self, args):
         super().__init__(args)
         torch.set_num_threads(1)  # tests compare runs bitwise, and their models are tiny
 
-    def optimizer_step(self):
-        grads = {name: p.grad.full_tensor() if isinstance(p.grad, common.DTensor) else p.grad.clone()
-                 for name, p in self.policy.named_parameters() if p.grad is not None}
-        self.updates = 1 + (self.updates if hasattr(self, "updates") else 0)
-        if self.is_main:
-            torch.save(grads, self.path(f"grad-{self.updates}.pt"))
-        return super().optimizer_step()
-
-    def plan(self, rollout, live_B):
-        updates = super().plan(rollout, live_B)
-        spare = self.gather(sum(alive == 0 for update in updates for _, alive in update))
-        if self.is_main:
-            common.write_atomically(self.path("spare.json"), json.dumps(spare))
-        return updates
-
-    def log(self, step, rollout, *args, **kwargs):
-        ours = [(problem["id"], text) for problem, text in zip(rollout.problems, rollout.texts)]
-        everyones = [row for rows in self.gather(ours) for row in rows]
-        if self.is_main:
-            common.write_atomically(self.path(f"answers-{step}.json"), json.dumps(sorted(everyones)))
-        super().log(step, rollout, *args, **kwargs)
+    def log(self, step, *args, **kwargs):
+        super().log(step, *args, **kwargs)
         if os.environ.get("KILL_AT") == str(step):
             die()
 
 
+class Watch:
+    """Stands in for some of a script's functions, and writes down what passes through them."""
+
+    def __init__(self, script):
+        self.script = script
+        self.run = None
+        self.updates = 0
+
+    def make_run(self, args):
+        self.run = Run(args)
+        return self.run
+
+    def plan_updates(self, run, *args):
+        plan = harness.updates.plan_updates(run, *args)
+        padding = sum(len(update.batches) - update.real for update in plan)
+        everyones = run.gather(padding)
+        if run.is_main:
+            write_atomically(run.path("padding.json"), json.dumps(everyones))
+        return plan
+
+    def clip_gradients(self, model, most):
+        gradients = {}
+        for name, weight in model.named_parameters():
+            if weight.grad is not None:
+                whole = weight.grad.full_tensor() if isinstance(weight.grad, DTensor) else weight.grad.clone()
+                gradients[name] = whole
+        self.updates += 1
+        if self.run.is_main:
+            torch.save(gradients, self.run.path(f"grad-{self.updates}.pt"))
+        return harness.sharding.clip_gradients(model, most)
+
+    def answers(self, make):
+        """`make` (sample, or forced), which then writes down the answers of a step."""
+
+        def watched(*args, **kwargs):
+            rollout = make(*args, **kwargs)
+            if hasattr(self.run, "step"):
+                ours = [(problem["id"], text) for problem, text in zip(rollout.problems, rollout.texts, strict=True)]
+                everyones = [row for rows in self.run.gather(ours) for row in rows]
+                if self.run.is_main:
+                    write_atomically(self.run.path(f"answers-{self.run.step}.json"), json.dumps(sorted(everyones)))
+            return rollout
+
+        return watched
+
+
+def load_script(name):
+    """A script by its name, or a fork by its path."""
+    if name.endswith(".py"):
+        spec = importlib.util.spec_from_file_location(os.path.basename(name)[:-3], name)
+        script = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(script)
+        return script
+    return importlib.import_module(name)
+
+
 def go(name, *argv):
     """One run in this process. Raises SystemExit as the command line would."""
-    script = importlib.import_module(name)
-    before = {key: vars(script)[key] for key in ("Run", "grade", "is_right") if key in vars(script)}
-    ours = dict(Run=Run, grade=even_length, is_right=even_length)
-    vars(script).update({key: ours[key] for key in before})
-    usual = (common.MODEL_FLAGS, common.TRAIN_FLAGS) + (common.ROLLOUT_FLAGS,) * (name != "sft")
-    tables = vars(script).get("TABLES", usual)
-    try:
-        common.launch(name, script.main, script.__doc__, script.flags, script.RECIPE, script.TOY, argv=list(map(str, argv)),
-                      tables=tables)
-    finally:
-        vars(script).update(before)
+    script = load_script(name)
+    watch = Watch(script)
+    stand_ins = dict(
+        Run=watch.make_run, grade=even_length, is_right=even_length, plan_updates=watch.plan_updates,
+        clip_gradients=watch.clip_gradients,
+    )
+    if "sample" in vars(script) and script.__name__ != "sft":
+        stand_ins["sample"] = watch.answers(common.sample)
+    if "forced" in vars(script):
+        stand_ins["forced"] = watch.answers(common.forced)
+    ours = {key: value for key, value in stand_ins.items() if key in vars(script)}
+    with mock.patch.multiple(script, **ours):
+        launch(
+            script.__name__, script.main, script.flags, doc=script.__doc__, recipe=script.RECIPE, toy=script.TOY,
+            argv=[str(word) for word in argv], tables=vars(script).get("TABLES", ALL_TABLES))
+
+
+def measure(*argv):
+    """eval_passk.py in this process."""
+    script = importlib.import_module("eval_passk")
+    launch(
+        "eval_passk", script.main, script.flags, doc=script.__doc__, recipe=script.RECIPE, toy=script.TOY,
+        argv=[str(word) for word in argv], tables=script.TABLES)
 
 
 if __name__ == "__main__":
     common.LOGITS = int(os.environ.get("LOGITS", common.LOGITS))
     if os.environ.get("KILL_AT") == "checkpoint":
-        common.write_atomically = lambda path, text, plain=common.write_atomically: (
-            die() if path.endswith("state.json") else plain(path, text))
+
+        def kill_at_state(path, text):
+            if str(path).endswith("state.json"):
+                die()
+            write_atomically(path, text)
+
+        harness.run.write_atomically = kill_at_state
     go(*sys.argv[1:])

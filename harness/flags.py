@@ -1,0 +1,200 @@
+"""The flags of a script: where each value comes from, and what an error looks like.
+
+A value is looked up in four places, the first that has it wins:
+
+    command line    what the user asked for
+    tabletop        the script's TOY, only with a model of the tabletop
+    paper           the script's RECIPE
+    world           the tables below
+
+`python grpo.py --help` shows for every flag the value that this very command line would use, and which of the four it
+comes from.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import torch.distributed as dist
+
+
+class UserError(Exception):
+    """An error the user can fix. Its text is one line: what is wrong and what to do. It ends a script with status 2."""
+
+
+# --- the tables -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Flag:
+    """One flag of the world. `least` is the smallest value that a whole number may have."""
+
+    name: str
+    default: object
+    help: str
+    least: int = 1
+    choices: tuple | None = None
+
+
+MODEL_FLAGS = (
+    Flag("model", "toy", "toy, toy-teacher, a folder, or a name on the hub such as Qwen/Qwen2.5-VL-7B-Instruct"),
+    Flag("max_pixels", 1_000_000, "larger pictures are scaled down to this many pixels (28x28 pixels are one token)"),
+    Flag("max_prompt_length", 2048, "a longer prompt is an error: cutting a prompt would cut its pictures"),
+    Flag("max_completion_length", 2048, "tokens of an answer, at most"),
+    Flag("temperature", 1.0, "divides the logits, when sampling and when reading"),
+    Flag("sample_batch_size", 256, "answers decoded together"),
+    Flag("seed", 1, "fixes everything random: an answer depends on seed, step and problem, on nothing else", least=0),
+    Flag("output_dir", None, "the run's folder"),
+    Flag("resume", False, "go on from the newest checkpoint in --output_dir, to the same numbers"),
+    Flag("report_to", "none", "a tracker that accelerate knows: tensorboard, wandb, trackio, ..."),
+)
+TRAIN_FLAGS = (
+    Flag("dataset", "hiyouga/geometry3k@train", "name@split[:count], toy@train, or a path to jsonl, json, parquet, a folder"),
+    Flag("eval_dataset", "hiyouga/geometry3k@test", "held-out problems, or none"),
+    Flag("eval_steps", 0, "measure held-out accuracy every so many steps (0: before and after only)", least=0),
+    Flag("num_generations_eval", 4, "answers sampled to each held-out problem"),
+    Flag("max_steps", 60, "training steps, each with a rollout of its own"),
+    Flag("prompts_per_step", 512, "P, problems in a step, over all processes"),
+    Flag("micro_batch_size", 8, "answers in one forward pass, packed behind their prompt; the gradient is the same for all"),
+    Flag("learning_rate", 1e-6, "peak learning rate of AdamW"),
+    Flag("lr_scheduler_type", "constant", "what follows the warm-up", choices=("constant", "cosine")),
+    Flag("min_learning_rate", 0.0, "floor of the cosine"),
+    Flag("warmup_steps", 0, "steps of linear warm-up", least=0),
+    Flag("weight_decay", 1e-2, "AdamW's decoupled weight decay"),
+    Flag("max_grad_norm", 1.0, "gradients are scaled down to this norm"),
+    Flag("train_vision", False, "train the vision tower and its merger too"),
+    Flag("gradient_checkpointing", True, "recompute activations in the backward pass"),
+    Flag("save_steps", 20, "write a checkpoint every so many steps, for --resume"),
+)
+GROUP_FLAGS = (
+    Flag("num_generations", 8, "G, answers sampled to each problem"),
+)
+UPDATE_FLAGS = (
+    Flag("updates_per_step", 4, "optimiser updates from one rollout, each on its share of the problems"),
+)
+ALL_TABLES = (MODEL_FLAGS, TRAIN_FLAGS, GROUP_FLAGS, UPDATE_FLAGS)
+
+
+# --- the parser -------------------------------------------------------------------------------------------------------
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are one line, with exit status 2."""
+
+    def error(self, message: str):
+        self.exit(2, f"error: {message} (--help lists the flags)\n")
+
+
+@cache
+def at_least(least: int) -> Callable[[str], int]:
+    """The type of a flag that takes whole numbers from `least` on."""
+
+    def whole_number(text: str) -> int:
+        value = int(text)
+        if value < least:
+            raise argparse.ArgumentTypeError(f"{value} is too small; it must be at least {least}")
+        return value
+
+    return whole_number
+
+
+def add_flag(parser: argparse.ArgumentParser, flag: Flag):
+    if isinstance(flag.default, bool):
+        kind = dict(action=argparse.BooleanOptionalAction)
+    elif isinstance(flag.default, int):
+        kind = dict(type=at_least(flag.least))
+    elif isinstance(flag.default, float):
+        kind = dict(type=float)
+    else:
+        kind = dict(type=str, choices=flag.choices)
+    parser.add_argument(f"--{flag.name}", default=flag.default, help=flag.help, **kind)
+
+
+def is_toy(model: str) -> bool:
+    """Whether the first model of `model` belongs to the tabletop: by its name, or by the config in its folder."""
+    first = model.split(",")[0]
+    config = Path(first, "config.json")
+    if config.is_file():
+        return '"tabletop": true' in config.read_text()
+    return first == "toy" or first.startswith("toy-")
+
+
+def values_given(parser: argparse.ArgumentParser, argv: list[str] | None) -> dict:
+    """The values that stand on the command line, and no others."""
+    absent = object()
+    names = [action.dest for action in parser._actions]
+    parsed = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(names, absent)))
+    return {name: value for name, value in vars(parsed).items() if value is not absent}
+
+
+def parse_args(
+    script: str, flags: Callable, *, doc: str = "", recipe: dict | None = None, toy: dict | None = None,
+    argv: list[str] | None = None, tables: Iterable = ALL_TABLES,
+) -> argparse.Namespace:
+    """The flags of one script: command line over TOY (only with a toy model) over RECIPE over the world's tables.
+
+    `flags(parser)` adds the script's own. Returns a namespace, with `script` added and `output_dir` filled in.
+    """
+    parser = Parser(
+        f"{script}.py", description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
+        add_help=False,
+    )
+    for table in tables:
+        for flag in table:
+            add_flag(parser, flag)
+    flags(parser)
+    parser.add_argument("-h", "--help", action="store_true", help="show this page")
+    defaults = {action.dest: action.default for action in parser._actions}
+    if "updates_per_step" not in defaults:
+        defaults["updates_per_step"] = 1
+    given = values_given(parser, argv)
+
+    values, sources = {}, {}
+    model = given.get("model", defaults["model"])
+    layers = {"world": defaults, "paper": recipe or {}, "tabletop": {}, "command line": given}
+    if is_toy(model):
+        layers["tabletop"] = toy or {}
+    for source, layer in layers.items():
+        for name, value in layer.items():
+            values[name] = value
+            sources[name] = source
+    if values["output_dir"] is None:
+        values["output_dir"] = f"runs/{script}-{Path(model.split(',')[0]).name}-{values['seed']}"
+    if values.pop("help"):
+        show_help(parser, values, sources)
+    check_temperature(parser, values["temperature"], trains=TRAIN_FLAGS in tables)
+    return argparse.Namespace(**values, script=script)
+
+
+def check_temperature(parser: Parser, temperature: float, trains: bool):
+    if temperature > 0 or (temperature == 0 and not trains):
+        return
+    parser.error(f"--temperature is {temperature}; it must be above 0 (0, greedy, only in eval_passk.py)")
+
+
+def show_help(parser: argparse.ArgumentParser, values: dict, sources: dict):
+    """Prints the flags with the values that this command line would use, and ends the script."""
+    for action in parser._actions:
+        if action.dest in values:
+            value = str(values[action.dest]).replace("%", "%%")
+            action.help = f"{action.help} [{value}, {sources[action.dest]}]"
+    parser.print_help()
+    parser.exit()
+
+
+def launch(script: str, main: Callable, flags: Callable, **settings):
+    """Parses the flags and runs `main(args)`. A UserError becomes one line on stderr and exit status 2."""
+    try:
+        main(parse_args(script, flags, **settings))
+    except UserError as error:
+        rank = int(os.environ.get("RANK", 0))
+        who = f" (rank {rank})" if rank else ""
+        print(f"error{who}: {error}", file=sys.stderr)
+        sys.exit(2)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
