@@ -10,7 +10,7 @@
 Below lies `harness/`, what surrounds a run and is in no paper: flags, processes, checkpoints, sharding, data sets.
 
 Shape letters: P problems, G answers to each, B answers in all, T answer tokens, S prompt tokens, L tokens of a packed
-row, R rows, N tokens of a chunk, D hidden size, V vocabulary. A small letter (b) is a part of what the large one counts.
+row, R rows, N tokens of a chunk, D hidden size, V vocabulary. A small letter is a part of what the large one counts.
 """
 
 import collections
@@ -19,6 +19,7 @@ import dataclasses
 import math
 import os
 import re
+from argparse import Namespace
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
@@ -121,7 +122,9 @@ class Policy(transformers.Qwen2_5_VLForConditionalGeneration):
         return tuple(torch.cat(parts) for parts in zip(*results, strict=True))
 
 
-def load_policy(name: str, run: Run | None = None, train: bool = False, args=None) -> tuple[Policy, Processor]:
+def load_policy(
+    name: str, run: Run | None = None, train: bool = False, args: Namespace | None = None,
+) -> tuple[Policy, Processor]:
     """The model and processor called `name`: toy, toy-teacher, a folder in the hub's layout, or a name on the hub.
 
     Without `run`: whole, on the CPU. With it: on the run's device, sharded over its processes where there are several
@@ -167,7 +170,8 @@ def tabletop():
 
 def find_model(name: str, run: Run | None = None) -> str:
     """A folder or a hub name for `name`. A model of the tabletop is built first, by one process for all."""
-    if os.path.isdir(name) or not is_toy(name):
+    is_folder = Path(name, "config.json").is_file()
+    if is_folder or not is_toy(name):
         return name
     with run.accelerator.main_process_first() if run else contextlib.nullcontext():
         return tabletop().build(name)
@@ -185,7 +189,7 @@ def load_whole(folder: str, dtype: torch.dtype) -> Policy:
     return policy
 
 
-def load_shards(folder: str, config, dtype: torch.dtype, device: torch.device) -> Policy:
+def load_shards(folder: str, config: transformers.PretrainedConfig, dtype: torch.dtype, device: torch.device) -> Policy:
     """The model with every weight split over all processes; no process but the first ever holds a whole copy."""
     with init_empty_weights():  # weights on the meta device, buffers (rotary frequencies) real
         policy = AutoModelForImageTextToText.from_config(config, dtype=dtype)
@@ -270,7 +274,8 @@ def chat(processor: Processor, problem: dict) -> str:
 
 def encode(processor: Processor, problems: Iterable[dict]) -> Prompts:
     """Problems (dicts as load_problems gives them) to Prompts. Nothing is truncated; pictures keep the pixel budget."""
-    prompts = Prompts(list(problems), [], [], [], [])
+    prompts = Prompts.empty()
+    prompts.problems += problems
     for problem in prompts.problems:
         out = processor(
             text=[chat(processor, problem)], images=problem["images"], return_tensors="pt",
@@ -282,7 +287,7 @@ def encode(processor: Processor, problems: Iterable[dict]) -> Prompts:
     return prompts
 
 
-def check_prompts(processor: Processor, problems: Iterable[dict], args) -> tuple[list[int], int, dict[str, int]]:
+def check_prompts(processor: Processor, problems: Iterable[dict], args: Namespace) -> tuple[list[int], int, dict]:
     """Lengths of all prompts in tokens, how many pictures are scaled down, and how many problems each verifier has.
 
     UserError for a prompt over args.max_prompt_length, and for a problem that no script could grade.
@@ -322,7 +327,7 @@ def check_problems(run: Run, processor: Processor, problems: Sequence[dict], hel
 
 
 def blank(
-    processor: Processor, problems: Iterable[dict], group_B: torch.Tensor, T: int, device: torch.device,
+    processor: Processor, problems: Iterable[dict], group_B: torch.Tensor, *, T: int, device: torch.device,
 ) -> Rollout:
     """A rollout of answers of at most T tokens, none of them written yet."""
     B = len(group_B)
@@ -351,8 +356,8 @@ def sample(
     batch, the group size or the number of processes. A collective call when sharded.
     """
     G = num_generations
-    T = max_completion_length
-    rollout = blank(processor, problems, torch.arange(len(problems)).repeat_interleave(G), T, policy.device)
+    group_B = torch.arange(len(problems)).repeat_interleave(G)
+    rollout = blank(processor, problems, group_B, T=max_completion_length, device=policy.device)
     rollout.temperature = temperature or 1.0
     with sharding.gathered(policy):
         for members, numbers in tqdm(waves(len(problems), G, sample_batch_size), desc="sampling", delay=5, leave=False):
@@ -489,7 +494,8 @@ def forced(policy: Policy, processor: Processor, problems: Iterable[dict], texts
     """A Rollout of given texts, one to each problem, each closed by the end token. Nothing is sampled."""
     tokenizer = processor.tokenizer
     ids = [tokenizer(text).input_ids + [tokenizer.eos_token_id] for text in texts]  # trap: end of text
-    rollout = blank(processor, problems, torch.arange(len(ids)), max(len(row) for row in ids), policy.device)
+    longest = max(len(row) for row in ids)
+    rollout = blank(processor, problems, torch.arange(len(ids)), T=longest, device=policy.device)
     for b, row in enumerate(ids):
         rollout.tokens_BT[b, :len(row)] = torch.tensor(row)
         rollout.mask_BT[b, :len(row)] = 1.0

@@ -26,7 +26,15 @@ import json
 import os
 
 from common import (
-    UserError, check_prompts, fingerprint, format_reward, is_right, load_policy, load_problems, report, sample,
+    UserError,
+    check_prompts,
+    fingerprint,
+    format_reward,
+    is_right,
+    load_policy,
+    load_problems,
+    report,
+    sample,
 )
 from harness.answers import final_answer
 from harness.flags import MODEL_FLAGS, at_least, launch
@@ -140,7 +148,7 @@ def rows_of(many, greedy):
     return rows
 
 
-def result(args, model, name, rows, ks):
+def result(args, model, name, rows, *, ks):
     """What eval.json says of one model on one data set: every measure, over all problems and for each verifier."""
     measured = summary(rows, ks)
     kinds = sorted({row["verifier"] for row in rows})
@@ -207,7 +215,7 @@ def main(args):
     for name, problems in data.items():
         rows = {model: answer_all(run, model, name, problems) for model in models}
         for model in models:
-            entry = result(args, model, name, rows[model], ks)
+            entry = result(args, model, name, rows[model], ks=ks)
             if model != models[0]:
                 entry |= dict(against=models[0], contrast=contrast(rows[model], rows[models[0]], ks))
             results.append(entry)

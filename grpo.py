@@ -38,8 +38,18 @@ says little: watch accuracy. clip_fraction is a few per cent; far more means ste
 """
 
 from common import (
-    UserError, check_problems, evaluate, finish, format_reward, grade, load_policy, load_problems, read, sample,
-    token_logps, trained_weights,
+    UserError,
+    check_problems,
+    evaluate,
+    finish,
+    format_reward,
+    grade,
+    load_policy,
+    load_problems,
+    read,
+    sample,
+    token_logps,
+    trained_weights,
 )
 from harness.flags import launch
 from harness.run import Run, learning_rate
@@ -114,7 +124,7 @@ def flags(parser):
     parser.add_argument("--mask_truncated", action="store_true", help="cut answers leave the loss (not the KL)")
 
 
-def update(run, policy, optimizer, rollout, plan, *, advantage_BT, weight_BT, old_logp_BT, ref_logp_BT):
+def update(run, policy, optimizer, rollout, *, plan, advantage_BT, weight_BT, old_logp_BT, ref_logp_BT):
     """The optimiser updates of one rollout, GRPO's eq. (2) to (5). Returns their metrics, averaged over the updates.
 
     old_logp_BT is None when there is one update only: then π_old is the policy being read, ρ is 1 and the gradient is
@@ -198,7 +208,7 @@ def main(args):
             if reference is not None:
                 ref_logp_BT = read(token_logps, rollout, reference, batches=plan.batches)
         metrics = update(
-            run, policy, optimizer, rollout, plan,
+            run, policy, optimizer, rollout, plan=plan,
             advantage_BT=advantage_BT, weight_BT=weight_BT, old_logp_BT=old_logp_BT, ref_logp_BT=ref_logp_BT,
         )
         run.lap("update")

@@ -4,8 +4,9 @@ Why care: GRPO lets one way of reasoning win, because whatever is a little bette
 its other ways gains nothing from a second try. MUPO lets answers compete only with answers that reason alike.
 
 Paper: MUPO, arXiv 2604.00479. A problem's G answers (the paper's N) are embedded by their reasoning and split into K
-clusters of at least G_min answers (constrained k-means, Bradley et al. 2000); answers compete inside their own cluster
-C_k, and right answers earn a bonus for being far from the other clusters. With e_i the normalised embedding of answer i:
+clusters C_k of at least G_min answers (constrained k-means, Bradley et al. 2000). Answers compete inside their own
+cluster only, and right answers earn a bonus for being far from the other clusters. With e_i the normalised embedding
+of answer i:
 
     R_div(i) = mean of 1 − cos(e_i, e_j) over the answers j of other clusters                                   (1)
     R_i      = 0.9·accuracy + 0.1·format + λ(t)·[i is right]·R_div(i)                                           (2)
@@ -41,8 +42,19 @@ A healthy run: as grpo.py's, but diversity falls less; smallest_cluster never fa
 import math
 
 from common import (
-    UserError, check_problems, evaluate, finish, format_reward, grade, is_right, load_policy, load_problems, read,
-    sample, token_logps, trained_weights,
+    UserError,
+    check_problems,
+    evaluate,
+    finish,
+    format_reward,
+    grade,
+    is_right,
+    load_policy,
+    load_problems,
+    read,
+    sample,
+    token_logps,
+    trained_weights,
 )
 from harness.diagnostics import record_clusters
 from harness.embedding import load_embedder, reasoning
@@ -128,20 +140,20 @@ def spread_seeds(apart_GG, clusters, random):
 
 def k_means(apart_GG, chosen, clusters, min_size):
     """Lloyd's two steps from the points `chosen`, while they help: labels (G,) and their cost."""
-    G = len(apart_GG)
-    labels_G = assign(apart_GG[:, chosen], min_size)
+    places = np.arange(len(apart_GG))
+    labels_G = next_G = assign(apart_GG[:, chosen], min_size)
     cost = np.inf
     while True:
-        member_GK = np.eye(clusters)[labels_G] / np.bincount(labels_G, minlength=clusters)
+        member_GK = np.eye(clusters)[next_G] / np.bincount(next_G, minlength=clusters)
         # ‖x − c‖² to a mean c needs no c: the mean of ‖x − m‖² over the members m, less half their mean spread.
         spread_K = np.einsum("gk,gh,hk->k", member_GK, apart_GG, member_GK) / 2
         distance_GK = apart_GG @ member_GK - spread_K
-        new_cost = distance_GK[np.arange(G), labels_G].sum()
-        if new_cost >= cost - 1e-12:
-            return kept_G, cost
-        cost = new_cost
-        kept_G = labels_G
-        labels_G = assign(distance_GK, min_size)
+        next_cost = distance_GK[places, next_G].sum()
+        if next_cost >= cost - 1e-12:
+            return labels_G, cost
+        labels_G = next_G
+        cost = next_cost
+        next_G = assign(distance_GK, min_size)
 
 
 def partition(embeddings_GD, clusters, min_size, seed, restarts=32):
@@ -151,7 +163,7 @@ def partition(embeddings_GD, clusters, min_size, seed, restarts=32):
     cannot fill the clusters.
     """
     G = len(embeddings_GD)
-    if G < clusters * min_size:
+    if clusters * min_size > G:
         raise UserError(f"{G} answers cannot fill {clusters} clusters of at least {min_size}: raise --num_generations, "
                         "or lower --clusters or --min_cluster")
     if clusters == 1:
@@ -221,7 +233,7 @@ def flags(parser):
     parser.add_argument("--embedder", default="Qwen/Qwen3-Embedding-0.6B", help="a sentence-embedding model, or ngrams")
 
 
-def update(run, policy, optimizer, rollout, plan, *, advantage_BT, weight_BT, old_logp_BT, ref_logp_BT):
+def update(run, policy, optimizer, rollout, *, plan, advantage_BT, weight_BT, old_logp_BT, ref_logp_BT):
     """The optimiser updates of one rollout, GRPO's eq. (2) to (5). Returns their metrics, averaged over the updates.
 
     old_logp_BT is None when there is one update only: then π_old is the policy being read, ρ is 1 and the gradient is
@@ -320,7 +332,7 @@ def main(args):
             if reference is not None:
                 ref_logp_BT = read(token_logps, rollout, reference, batches=plan.batches)
         metrics = update(
-            run, policy, optimizer, rollout, plan,
+            run, policy, optimizer, rollout, plan=plan,
             advantage_BT=advantage_BT, weight_BT=weight_BT, old_logp_BT=old_logp_BT, ref_logp_BT=ref_logp_BT,
         )
         run.lap("update")
@@ -331,10 +343,9 @@ def main(args):
             format=run.mean(format_PG), frac_reward_zero_std=run.mean((advantages_PG == 0).all(1).float()),
             learning_rate=learning_rate(step, args), **rollout.metrics(run),
         )
-        metrics |= dict(diversity_weight=weight) | record_clusters(
-            run, rollout, embeddings_PGD, labels_PG,
-            accuracy_PG=accuracy_PG, plain_PG=plain_PG, rewards_PG=rewards_PG,
-        )
+        metrics["diversity_weight"] = weight
+        metrics |= record_clusters(
+            run, rollout, embeddings_PGD, labels_PG, accuracy_PG=accuracy_PG, plain_PG=plain_PG, rewards_PG=rewards_PG)
         if reference is not None:
             metrics["beta"] = run.state["beta"]
             answers = args.prompts_per_step * args.num_generations

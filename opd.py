@@ -45,8 +45,18 @@ surer than the student, but need not.
 """
 
 from common import (
-    UserError, check_problems, evaluate, finish, format_reward, grade, load_policy, load_problems, read, sample,
-    token_logps, trained_weights,
+    UserError,
+    check_problems,
+    evaluate,
+    finish,
+    format_reward,
+    grade,
+    load_policy,
+    load_problems,
+    read,
+    sample,
+    token_logps,
+    trained_weights,
 )
 from harness.flags import GROUP_FLAGS, MODEL_FLAGS, TRAIN_FLAGS, launch
 from harness.run import Run, learning_rate

@@ -42,8 +42,21 @@ import json
 import os
 
 from common import (
-    UserError, check_problems, evaluate, fingerprint, finish, forced, format_reward, is_right, load_policy,
-    load_problems, read, sample, token_entropy, token_logps, trained_weights,
+    UserError,
+    check_problems,
+    evaluate,
+    fingerprint,
+    finish,
+    forced,
+    format_reward,
+    is_right,
+    load_policy,
+    load_problems,
+    read,
+    sample,
+    token_entropy,
+    token_logps,
+    trained_weights,
 )
 from harness.flags import MODEL_FLAGS, TRAIN_FLAGS, at_least, launch
 from harness.problems import WithTraces
@@ -94,11 +107,14 @@ TABLES = (MODEL_FLAGS, TRAIN_FLAGS)
 def flags(parser):
     parser.add_argument("--teacher", default="none",
                         help="the model to learn from, of the student's family; in sft.py none: the data's traces")
-    parser.add_argument("--teacher_samples", type=at_least(1), default=4, help="answers the teacher samples to each problem")
+    parser.add_argument("--teacher_samples", type=at_least(1), default=4,
+                        help="answers the teacher samples to each problem")
     parser.add_argument("--traces", default="", help="file that keeps the teacher's answers (default: by settings)")
     parser.add_argument("--soft_targets", action="store_true", help="learn the teacher's distributions, eq. (2)")
-    parser.add_argument("--max_tokens", type=at_least(0), default=0, help="train on so many tokens of traces (0: --max_steps)")
-    parser.add_argument("--num_train_epochs", type=at_least(0), default=0, help="train for whole epochs (0: --max_steps)")
+    parser.add_argument("--max_tokens", type=at_least(0), default=0,
+                        help="train on so many tokens of traces (0: --max_steps)")
+    parser.add_argument("--num_train_epochs", type=at_least(0), default=0,
+                        help="train for whole epochs (0: --max_steps)")
     parser.add_argument("--early_stop", type=at_least(0), default=0,
                         help="stop after so many evaluations without a lower loss (0: never)")
     parser.add_argument("--held_out_traces", type=at_least(0), default=64, help="traces kept for eval_loss")
@@ -164,7 +180,8 @@ def traces_of(args, examples):
     traces = []
     for example in tqdm(examples, desc="traces", delay=5, leave=False):
         if not example.get("trace"):
-            raise UserError(f"{args.dataset}: problem {example['id']} has no trace; give a column `trace`, or a --teacher")
+            raise UserError(f"{args.dataset}: problem {example['id']} has no trace; give a column `trace`, or a "
+                            "--teacher")
         traces.append(example["trace"])
     if len(traces) <= args.held_out_traces:
         raise UserError(f"{args.dataset}: there are only {len(traces)} traces; give more, or fewer --held_out_traces")
@@ -182,7 +199,7 @@ def number_of_steps(args, tokenizer, traces):
     return args.max_steps
 
 
-def loss_on(run, rollout, cost, readers, train):
+def loss_on(run, rollout, cost, *, readers, train):
     """Eq. (1) or (2) over all processes; with `train` its gradient too. Fills in the rollout's entropy."""
     plan = plan_updates(run, rollout)
     total_tokens = run.sum(rollout.mask_BT.sum())  # whole before the first pass
@@ -208,11 +225,14 @@ def main(args):
     problems = load_problems(args.dataset)
     held_out = load_problems(args.eval_dataset)
     policy, processor = load_policy(args.model, run, train=True)
-    cost, readers, loaded = hard, [policy], None
+    cost = hard
+    readers = [policy]
+    loaded = None
     if args.soft_targets:
         loaded = load_policy(args.teacher, run)
         check_vocabulary(args, processor, loaded[1])  # before the teacher samples for hours
-        cost, readers = soft, [policy, loaded[0]]
+        cost = soft
+        readers.append(loaded[0])
     examples = problems if args.teacher == "none" else teacher_traces(run, problems, loaded)
     traces = traces_of(args, examples)
     kept = examples[:args.held_out_traces]
@@ -234,7 +254,7 @@ def main(args):
         # --- update: make the traces more likely ----------------------------------------------------------------------
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, args)
-        loss = loss_on(run, rollout, cost, readers, train=True)
+        loss = loss_on(run, rollout, cost, readers=readers, train=True)
         grad_norm = clip_gradients(policy, args.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
@@ -247,7 +267,7 @@ def main(args):
         if kept and run.due(args.loss_steps):
             mine = kept[run.rank::run.world]
             unseen = forced(policy, processor, mine, [example["trace"] for example in mine])
-            metrics["eval_loss"] = loss_on(run, unseen, cost, readers, train=False)
+            metrics["eval_loss"] = loss_on(run, unseen, cost, readers=readers, train=False)
             run.state["eval_losses"].append(metrics["eval_loss"])
             if args.early_stop and has_stopped_falling(run.state["eval_losses"], args.early_stop):
                 run.stop()

@@ -45,8 +45,19 @@ from fractions import Fraction
 from math import ceil, log
 
 from common import (
-    Reading, UserError, check_problems, evaluate, finish, format_reward, grade, load_policy, load_problems, read,
-    sample, token_logps, trained_weights,
+    Reading,
+    UserError,
+    check_problems,
+    evaluate,
+    finish,
+    format_reward,
+    grade,
+    load_policy,
+    load_problems,
+    read,
+    sample,
+    token_logps,
+    trained_weights,
 )
 from harness.diagnostics import record_signals
 from harness.flags import launch
@@ -184,7 +195,7 @@ def flags(parser):
     parser.add_argument("--noise_std", type=float, default=2.0, help="standard deviation of I' noise, in pixel stds")
 
 
-def update(run, policy, optimizer, rollout, plan, *, advantage_BT, weight_BT, old_logp_BT, ref_logp_BT):
+def update(run, policy, optimizer, rollout, *, plan, advantage_BT, weight_BT, old_logp_BT, ref_logp_BT):
     """The optimiser updates of one rollout, GRPO's eq. (2) to (5). Returns their metrics, averaged over the updates.
 
     old_logp_BT is None when there is one update only: then π_old is the policy being read, ρ is 1 and the gradient is
@@ -283,7 +294,7 @@ def main(args):
             if reference is not None:
                 ref_logp_BT = read(token_logps, rollout, reference, batches=plan.batches)
         metrics = update(
-            run, policy, optimizer, rollout, plan,
+            run, policy, optimizer, rollout, plan=plan,
             advantage_BT=advantage_BT, weight_BT=weight_BT, old_logp_BT=old_logp_BT, ref_logp_BT=ref_logp_BT,
         )
         run.lap("update")

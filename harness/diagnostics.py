@@ -11,7 +11,7 @@ from harness.run import Run
 import torch
 from transformers import PreTrainedTokenizerBase
 
-# --- vepo.py: tokens that look, tokens that hesitate --------------------------------------------------------------------
+# --- vepo.py: tokens that look, tokens that hesitate ------------------------------------------------------------------
 
 
 def record_signals(
@@ -24,22 +24,23 @@ def record_signals(
     top(score_BT, mask_BT, fraction) picks the highest tokens of each answer, (B, T) of 0/1.
     """
     if run.step == run.args.max_steps:
-        run.append(run.path("signals.jsonl"), signal_rows(run.step, tokenizer, rollout, read_B, signals))
-    return signal_metrics(run, signals, signals["kept"], rollout.mask_BT * read_B[:, None], top=top)
+        run.append(run.path("signals.jsonl"), signal_rows(run.step, tokenizer, rollout, read_B, signals=signals))
+    return signal_metrics(run, signals, rollout.mask_BT * read_B[:, None], top=top)
 
 
 def signal_metrics(
-    run: Run, signals: dict[str, torch.Tensor], kept_BT: torch.Tensor, mask_BT: torch.Tensor, *, top: Callable,
+    run: Run, signals: dict[str, torch.Tensor], mask_BT: torch.Tensor, *, top: Callable,
 ) -> dict:
     """How VEPO's signals are spread over the tokens that were read, over all processes.
 
-    signals: jsd, delta_entropy and entropy, each (B, T). kept_BT: 1 on the tokens that carry credit. mask_BT: 1 on the
+    signals: jsd, delta_entropy, entropy and kept (1 on the tokens that carry credit), each (B, T). mask_BT: 1 on the
     tokens that were read. top(score_BT, mask_BT, fraction) picks the highest of each answer, (B, T) of 0/1.
     """
     jsd_BT = signals["jsd"]
     entropy_BT = signals["entropy"]
     looking_BT = top(jsd_BT, mask_BT, 0.2)
     hesitating_BT = top(entropy_BT, mask_BT, 0.2)
+    kept_BT = signals["kept"]
     kept_and_read_BT = kept_BT * mask_BT
     dropped_BT = mask_BT - kept_and_read_BT
     return dict(
@@ -64,7 +65,7 @@ def correlation(run: Run, x_BT: torch.Tensor, y_BT: torch.Tensor, mask_BT: torch
 
 
 def signal_rows(
-    step: int, tokenizer: PreTrainedTokenizerBase, rollout: Rollout, read_B: torch.Tensor,
+    step: int, tokenizer: PreTrainedTokenizerBase, rollout: Rollout, read_B: torch.Tensor, *,
     signals: dict[str, torch.Tensor],
 ) -> list[dict]:
     """Rows of signals.jsonl, from which the end of a run draws signals.png and tokens.html: some answers, by token.
@@ -84,7 +85,7 @@ def signal_rows(
     return rows
 
 
-# --- mupo.py: ways of thinking ------------------------------------------------------------------------------------------
+# --- mupo.py: ways of thinking ----------------------------------------------------------------------------------------
 
 
 def record_clusters(

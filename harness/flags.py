@@ -53,13 +53,13 @@ MODEL_FLAGS = (
     Flag("report_to", "none", "a tracker that accelerate knows: tensorboard, wandb, trackio, ..."),
 )
 TRAIN_FLAGS = (
-    Flag("dataset", "hiyouga/geometry3k@train", "name@split[:count], toy@train, or a path to jsonl, json, parquet, a folder"),
+    Flag("dataset", "hiyouga/geometry3k@train", "name@split[:count], or a path to jsonl, json, parquet or a folder"),
     Flag("eval_dataset", "hiyouga/geometry3k@test", "held-out problems, or none"),
     Flag("eval_steps", 0, "measure held-out accuracy every so many steps (0: before and after only)", least=0),
     Flag("num_generations_eval", 4, "answers sampled to each held-out problem"),
     Flag("max_steps", 60, "training steps, each with a rollout of its own"),
     Flag("prompts_per_step", 512, "P, problems in a step, over all processes"),
-    Flag("micro_batch_size", 8, "answers in one forward pass, packed behind their prompt; the gradient is the same for all"),
+    Flag("micro_batch_size", 8, "answers in one forward pass, packed behind their prompt; changes no gradient"),
     Flag("learning_rate", 1e-6, "peak learning rate of AdamW"),
     Flag("lr_scheduler_type", "constant", "what follows the warm-up", choices=("constant", "cosine")),
     Flag("min_learning_rate", 0.0, "floor of the cosine"),

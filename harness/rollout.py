@@ -27,6 +27,10 @@ class Prompts:
     pixels: list
     grids: list
 
+    @classmethod
+    def empty(cls) -> "Prompts":
+        return cls(problems=[], ids=[], types=[], pixels=[], grids=[])
+
     def take(self, places: Sequence[int]) -> "Prompts":
         """The prompts at these places, in this order."""
         columns = {}
@@ -133,7 +137,7 @@ def select_groups(rollout: Rollout, places: Sequence[int]) -> Rollout:
 def join(*rollouts: Rollout) -> Rollout:
     """Several rollouts as one, their answers and problems one behind the other."""
     longest = max(rollout.mask_BT.shape[1] for rollout in rollouts)
-    prompts = Prompts([], [], [], [], [])
+    prompts = Prompts.empty()
     groups = []
     for rollout in rollouts:
         groups.append(rollout.group_B + len(prompts.problems))

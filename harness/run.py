@@ -44,7 +44,7 @@ class Run:
     """One run of a script.
 
     rank and world: which process this is, of how many. device: where tensors live. is_main: whether this is the first
-    process, the one that writes. sharded: whether models are split over processes. done: the last step that is finished.
+    process, the one that writes. sharded: whether models are split over processes. done: the last finished step.
     state: numbers of the script's own that --resume must bring back.
     """
 

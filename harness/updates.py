@@ -39,10 +39,10 @@ class Update:
             yield index_b
 
     def backward(self, loss: torch.Tensor, **numbers: torch.Tensor):
-        """Adds the gradient of `loss`, this pass's part of a sum over all passes and processes; adds up the numbers."""
+        """Adds the gradient of `loss`, this pass's part of a sum over all passes and processes, and its numbers."""
         if not loss.isfinite():  # trap: false cause
-            raise UserError(f"step {self.run.step}: the loss is {loss.item()}, though all that was read is finite: look "
-                            "at advantages, weights and normalisers")
+            raise UserError(f"step {self.run.step}: the loss is {loss.item()}, though all that was read is finite: "
+                            "look at advantages, weights and normalisers")
         # Sharded gradients are averaged over the processes, but the loss is a sum over them.  # trap: normaliser
         scale = self.run.world if self.counts else 0.0  # trap: padding pass
         (loss * scale).backward()
