@@ -453,7 +453,8 @@ class WithTraces(Sequence):
 
     def __getitem__(self, index: int | slice) -> "dict | WithTraces":
         if isinstance(index, slice):
-            part = WithTraces(self.problems, [])
+            part = WithTraces([], [])  # given the problems, it would open every picture to look for traces
+            part.problems = self.problems
             part.pairs = self.pairs[index]
             return part
         place, text = self.pairs[index]

@@ -68,7 +68,8 @@ class Rollout:
         for name in ("group_B", "tokens_BT", "mask_BT", "logp_BT", "entropy_BT", "finished_B"):
             column = getattr(self, name)
             parts[name] = column[index_b.to(column.device)]
-        return dataclasses.replace(self, texts=[self.texts[b] for b in index_b.tolist()], **parts)
+        places = torch.arange(len(self))[index_b.cpu()]  # a mask of answers, too, becomes places  # trap: regrouped subset
+        return dataclasses.replace(self, texts=[self.texts[b] for b in places.tolist()], **parts)
 
     @property
     def problems(self) -> list[dict]:
@@ -130,7 +131,7 @@ def select_groups(rollout: Rollout, places: Sequence[int]) -> Rollout:
     groups = rollout.groups()
     chosen = rollout[torch.tensor([b for p in places for b in groups[p]], dtype=torch.long)]
     chosen.prompts = rollout.prompts.take(places)
-    chosen.group_B = torch.tensor([number for number, p in enumerate(places) for _ in groups[p]])
+    chosen.group_B = torch.tensor([number for number, p in enumerate(places) for _ in groups[p]], dtype=torch.long)
     return chosen
 
 

@@ -22,6 +22,7 @@ import warnings
 from argparse import Namespace
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from datetime import timedelta
 from pathlib import Path
 
 from harness.flags import UserError
@@ -31,12 +32,15 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import transformers
-from accelerate import Accelerator
+from accelerate import Accelerator, InitProcessGroupKwargs
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from tqdm import tqdm
 
 # --resume refuses to change any flag but these, which change no number beyond rounding.
 FREE_ON_RESUME = {"resume", "output_dir", "report_to", "save_steps", "sample_batch_size", "micro_batch_size"}
+# While one process loads or grades, the others wait: ten minutes, the usual limit, would end the job on the first
+# download of a large model. A process that dies is noticed at once all the same, by what launched it.
+TIMEOUT = timedelta(hours=12)  # trap: collective timeout
 ROWS_OF_STEPS = ("metrics.jsonl", "samples.jsonl", "signals.jsonl", "clusters.jsonl")
 
 
@@ -152,7 +156,16 @@ class Run:
         if self.is_main:
             os.makedirs(self.folder, exist_ok=True)
             write_atomically(path, json.dumps(flags, indent=1) + "\n")
+        self.accelerator.wait_for_everyone()
+        self.check_shared(path)
         self.accelerator.init_trackers("cleanvl", config={name: str(flag) for name, flag in flags.items()})
+
+    def check_shared(self, path: str):
+        """UserError unless every process sees what the first one wrote to `path`."""
+        blind = [rank for rank, sees in enumerate(self.gather(os.path.exists(path))) if not sees]
+        if blind:  # trap: whose disk
+            raise UserError(f"--output_dir {self.folder}: process {blind[0]} does not see {path}, which process 0 does; "
+                            "name a folder on a disk that all nodes share")
 
     # --- the loop ---
 
@@ -320,13 +333,14 @@ class Run:
 
     def load_checkpoint(self):
         """Goes on from the newest checkpoint, if there is one."""
-        steps = self.checkpoints()
+        steps = self.gather(self.checkpoints())[0]  # the first process decides for all  # trap: whose disk
         if not steps and os.path.exists(self.path("config.json")):
             raise UserError(f"--resume: the run in {self.folder} is finished; name another --output_dir")
         if not steps:
             self.say(f"--resume: no checkpoint in {self.folder}; starting from the beginning")
             return
         folder = self.path(f"checkpoint-{steps[-1]}")
+        self.check_shared(folder)
         weights, moments = get_state_dict(self.policy, self.optimizer)
         dcp.load(dict(weights=weights, moments=moments), checkpoint_id=folder)
         set_state_dict(self.policy, self.optimizer, model_state_dict=weights, optim_state_dict=moments)
@@ -352,7 +366,9 @@ def make_accelerator(report_to: str, folder: str) -> Accelerator:
     """accelerate's view of the processes, with the trackers that --report_to names."""
     trackers = None if report_to == "none" else report_to.split(",")
     try:
-        return Accelerator(cpu=not torch.cuda.is_available(), log_with=trackers, project_dir=folder)
+        return Accelerator(
+            cpu=not torch.cuda.is_available(), log_with=trackers, project_dir=folder,
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=TIMEOUT)])
     except ValueError as error:
         reason = " ".join(str(error).split())
         raise UserError(f"--report_to {report_to}: {reason}") from None

@@ -63,13 +63,14 @@ def gathered(model: torch.nn.Module) -> Iterator[None]:
 
 def clip_gradients(model: torch.nn.Module, most: float) -> float:
     """Scales the gradient down to the norm `most`. Returns the norm before. UserError where it is not finite."""
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), most)
-    norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
-    if not math.isfinite(norm):  # trap: false cause
+    total = torch.nn.utils.get_total_norm(weight.grad for weight in model.parameters() if weight.grad is not None)
+    norm = float(total.full_tensor() if isinstance(total, DTensor) else total)
+    if not math.isfinite(norm):  # before anything is scaled: times NaN, every weight's would be NaN  # trap: false cause
         broken = [name for name, weight in model.named_parameters() if not is_finite(weight.grad)]
         where = f"first in {broken[0]}" if broken else "though every weight's is finite"
         raise UserError(f"the gradient has norm {norm}, {where}, and all losses were finite: it overflowed on its way "
                         "back; lower --learning_rate if the loss was growing")
+    torch.nn.utils.clip_grads_with_norm_(model.parameters(), most, total)
     return norm
 
 
