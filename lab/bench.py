@@ -15,16 +15,16 @@ Parts, all in one process and one thread:
     mupo      embedding and clustering         as a share of a step of mupo.py, 64 problems, 15 answers, 3 clusters
     memory    what VEPO's two readings of 8 answers of 512 tokens need above the model, at Qwen's vocabulary
 
-What is compared is CPU time (time.process_time): both sides in turn in one run, and of the pairs' ratios the median.
+CPU time is compared (time.process_time). Both sides run in turn, and the ratio is the median over the pairs.
 
---shape runs two steps of grpo.py itself with a true Qwen2.5-VL configuration, random weights and pictures of noise; it
-needs no checkpoint and no network, and tells wall-clock time. THE GPU MODE HAS NEVER BEEN RUN: this was written where
-there is no GPU; the tests run `--shape tiny --device cpu`, which takes the same way through grpo.py but for sharding.
+--shape runs two steps of grpo.py itself, with a true Qwen2.5-VL configuration, random weights and pictures of noise. It
+needs no checkpoint and no network, and measures wall-clock time. THE GPU MODE HAS NEVER BEEN RUN: it was written on a
+machine without a GPU. The tests run `--shape tiny --device cpu`, the same path through grpo.py except for sharding.
 Memory on the CPU is read from Linux's /proc.
 """
 
 import argparse
-import importlib.util
+import functools
 import json
 import os
 import statistics
@@ -37,136 +37,248 @@ from unittest import mock
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that `python lab/bench.py` finds common
 os.environ.setdefault("TQDM_DISABLE", "1")  # read when tqdm is imported: its bars would tear the table
 
+import common
+import grpo
+import mupo
+import vepo
+from common import Policy, Reading, encode, find_model, load_policy, load_problems, read, sample, token_logps
+from harness import embedding
+from harness.flags import Parser, UserError, at_least, parse_args
+from harness.rollout import Rollout
+from harness.run import Run, check_writable, generator, write_atomically
+from harness.updates import micro_batches
+from tabletop.models import untrained
+
+import numpy as np
 import torch
 import transformers
 from datasets import Dataset
 from PIL import Image
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer, GenerationConfig, Qwen2_5_VLConfig
 
-import common
-import grpo
-import mupo
-import vepo
-from common import Rollout, encode, generator, micro_batches, read, sample, token_logps
+try:
+    import trl
+except ImportError:
+    trl = None  # not one of the project's requirements: without it the part is skipped
 
-MICRO, SHARES = 64, (0.25, 0.5, 1, 2, 4)  # answers in a forward pass on both sides; T/S of the curve
-VOCABULARY, LENGTH = 151_936, 512  # of the memory part
-NOWHERE = "runs/bench"  # what is measured writes nothing
+MICRO = 64  # answers in a forward pass, on both sides
+SHARES = (0.25, 0.5, 1, 2, 4)  # T/S of the curve
+VOCABULARY = 151_936  # of the part memory
+LENGTH = 512  # tokens of its answers
+TOGETHER = 10**6  # answers decoded together: all of them
+NOWHERE = "runs/bench"  # the folder of the runs that are measured; they write nothing into it
 
 # --- clocks -----------------------------------------------------------------------------------------------------------
 
 
 def cpu_seconds(fn):
-    """CPU seconds of this process in fn(), by token if it returns a number of tokens."""
+    """CPU seconds of this process in fn()."""
+    began = time.process_time()
+    fn()
+    return time.process_time() - began
+
+
+def cpu_seconds_per_token(fn):
+    """CPU seconds of this process in fn(), which returns how many tokens it made, divided by that number."""
     began = time.process_time()
     tokens = fn()
-    return (time.process_time() - began) / (tokens if isinstance(tokens, (int, float)) else 1)
+    return (time.process_time() - began) / tokens
+
+
+def own_seconds(fn):
+    """The cost of a function that measures itself and returns its seconds."""
+    return fn()
 
 
 def in_turn(one, other, pairs, cost=cpu_seconds):
     """Two functions called in turn: the medians of what each costs, and the median over pairs of other/one."""
-    one(), other()  # caches, lazy imports, memory of the allocator
-    taken = [(cost(one), cost(other)) if pair % 2 else (cost(other), cost(one))[::-1] for pair in range(pairs)]
-    return dict(seconds=[*map(statistics.median, zip(*taken))], ratio=statistics.median(b / a for a, b in taken))
+    one()  # caches, lazy imports, memory of the allocator
+    other()
+    costs_of_one = []
+    costs_of_other = []
+    for pair in range(pairs):
+        if pair % 2 == 1:
+            costs_of_one.append(cost(one))
+            costs_of_other.append(cost(other))
+        else:
+            costs_of_other.append(cost(other))
+            costs_of_one.append(cost(one))
+    ratios = [b / a for a, b in zip(costs_of_one, costs_of_other, strict=True)]
+    seconds = [statistics.median(costs_of_one), statistics.median(costs_of_other)]
+    return dict(seconds=seconds, ratio=statistics.median(ratios))
 
 
-def memory_gb(line):
+def timed(fn, calls):
+    """fn, which then adds the CPU seconds of each call to the list `calls`."""
+
+    def wrapped(*args, **kwargs):
+        began = time.process_time()
+        result = fn(*args, **kwargs)
+        calls.append(time.process_time() - began)
+        return result
+
+    return wrapped
+
+
+def memory_gb(name):
     """VmRSS, the resident memory of this process, or VmHWM, its highest so far; in GB of 10⁹ bytes."""
-    status = dict(row.split(":", 1) for row in Path("/proc/self/status").read_text().splitlines())
-    return int(status[line].split()[0]) * 1024 / 1e9
+    lines = Path("/proc/self/status").read_text().splitlines()
+    kibibytes = [int(line.split()[1]) for line in lines if line.startswith(f"{name}:")]
+    return kibibytes[0] * 1024 / 1e9
 
 
 # --- the plain way ----------------------------------------------------------------------------------------------------
 
 
-def generate(policy, processor, problems, G, T):
-    """What one writes who has no sampler of its own. Returns how many tokens it made, up to the end tokens."""
+def generate(policy, processor, problems, *, G, T):
+    """Sampling as it is written without a sampler of one's own. Returns how many tokens it made, ends included."""
     inputs = processor(
-        text=[common.chat(processor, problem) for problem in problems], images=[p["images"] for p in problems],
+        text=[common.chat(processor, problem) for problem in problems],
+        images=[problem["images"] for problem in problems],
         return_tensors="pt", padding=True, padding_side="left", return_mm_token_type_ids=True)
     padding_rows = range(policy.vocabulary, policy.config.get_text_config().vocab_size)
-    answers_BT = policy.generate(**inputs, generation_config=GenerationConfig(
+    config = GenerationConfig(
         num_return_sequences=G, max_new_tokens=T, do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
         repetition_penalty=1.0, eos_token_id=policy.ends, pad_token_id=processor.tokenizer.pad_token_id,
-        suppress_tokens=[*policy.banned, *padding_rows]))[:, inputs["input_ids"].shape[1]:]
+        suppress_tokens=[*policy.banned, *padding_rows])
+    prompt_length = inputs["input_ids"].shape[1]
+    answers_BT = policy.generate(**inputs, generation_config=config)[:, prompt_length:]
     processor.tokenizer.batch_decode(answers_BT, skip_special_tokens=True)
     ended_BT = torch.isin(answers_BT, torch.tensor(policy.ends)).cumsum(1) > 0
-    return len(answers_BT) + int((~ended_BT[:, :-1]).sum())
+    tokens_after_the_first = int((~ended_BT[:, :-1]).sum())
+    return len(answers_BT) + tokens_after_the_first
+
+
+def padded_rows(rollout):
+    """The arguments of policy.forward with a row for each answer: its own copy of the prompt and picture, padded."""
+    prompts = rollout.prompts
+    groups = rollout.group_B.tolist()
+    B, T = rollout.tokens_BT.shape
+    S = max(len(prompts.ids[p]) for p in groups)
+    ids = torch.zeros(B, S + T, dtype=torch.long)
+    mask = torch.zeros(B, S + T, dtype=torch.long)
+    types = torch.zeros(B, S + T, dtype=torch.long)
+    for b, p in enumerate(groups):
+        start = S - len(prompts.ids[p])
+        ids[b, start:S] = prompts.ids[p]
+        mask[b, start:S] = 1
+        types[b, start:S] = prompts.types[p]
+    ids[:, S:] = rollout.tokens_BT
+    mask[:, S:] = rollout.mask_BT
+    return dict(
+        input_ids=ids,
+        attention_mask=mask,
+        mm_token_type_ids=types,
+        pixel_values=torch.cat([prompts.pixels[p] for p in groups]),
+        image_grid_thw=torch.cat([prompts.grids[p] for p in groups]),
+    )
 
 
 def plain_logps(policy, rollout):
-    """(B, T) log-probs by policy.forward: every answer behind its own copy of the prompt and its picture, padded."""
-    prompts, groups, (B, T) = rollout.prompts, rollout.group_B.tolist(), rollout.tokens_BT.shape
-    S = max(len(prompts.ids[p]) for p in groups)
-    ids, mask, types = torch.zeros(3, B, S + T, dtype=torch.long)
-    for b, p in enumerate(groups):
-        span = slice(S - len(prompts.ids[p]), S)
-        ids[b, span], mask[b, span], types[b, span] = prompts.ids[p], 1, prompts.types[p]
-    ids[:, S:], mask[:, S:] = rollout.tokens_BT, rollout.mask_BT
-    pixels, grids = (torch.cat([x[p] for p in groups]) for x in (prompts.pixels, prompts.grids))
-    logits_BTV = policy(input_ids=ids, attention_mask=mask, mm_token_type_ids=types, pixel_values=pixels,
-                        image_grid_thw=grids, logits_to_keep=T + 1).logits[:, :-1, :policy.vocabulary]
+    """(B, T) log-probs by policy.forward, from all logits at once."""
+    T = rollout.tokens_BT.shape[1]
+    logits_BTV = policy(**padded_rows(rollout), logits_to_keep=T + 1).logits[:, :-1, :policy.vocabulary]
     logits_BTV = (logits_BTV / rollout.temperature).index_fill(2, torch.tensor(policy.banned), -1e9)
-    return logits_BTV.log_softmax(2).gather(2, rollout.tokens_BT[..., None])[..., 0] * rollout.mask_BT
+    logp_BT1 = logits_BTV.log_softmax(2).gather(2, rollout.tokens_BT[..., None])
+    return logp_BT1[..., 0] * rollout.mask_BT
 
 
-def backward(policy, rollout, advantage_B, plain=False, old_logp_BT=None):
+def packed_logps(policy, rollout):
+    """(B, T) log-probs as the scripts read them."""
+    return read(token_logps, rollout, policy)
+
+
+def backward(policy, rollout, advantage_B, *, plain=False, old_logp_BT=None):
     """Loss and gradient of one of GRPO's updates, by our packed rows or the plain way."""
     policy.zero_grad()
-    every, loss = torch.arange(len(rollout)), 0.0
-    for index_b in every.split(MICRO) if plain else micro_batches(rollout, every, every, MICRO):
+    if plain:
+        logps = plain_logps
+        batches = torch.arange(len(rollout)).split(MICRO)
+    else:
+        logps = packed_logps
+        batches = micro_batches(rollout, range(len(rollout)), MICRO)
+    loss = 0.0
+    for index_b in batches:
         part = rollout[index_b]
-        logp_bT = plain_logps(policy, part) if plain else read(token_logps, part, policy)
+        logp_bT = logps(policy, part)
         old_logp_bT = logp_bT.detach() if old_logp_BT is None else old_logp_BT[index_b]
-        loss_bT = grpo.policy_loss(logp_bT, old_logp_bT, advantage_B[index_b, None], 0.2, 0.2) * part.mask_BT
-        (loss_bT.sum() / rollout.mask_BT.sum()).backward()
-        loss += (loss_bT.detach().sum() / rollout.mask_BT.sum()).item()
+        loss_bT = grpo.policy_loss(
+            logp_bT, old_logp_bT, advantage_B[index_b, None], epsilon=0.2, epsilon_high=0.2)
+        part_of_loss = (loss_bT * part.mask_BT).sum() / rollout.mask_BT.sum()
+        part_of_loss.backward()
+        loss += part_of_loss.item()
     return loss, gradient(policy)
 
 
 def gradient(model):
-    return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+    """The gradient of all weights as one vector."""
+    return torch.cat([weight.grad.flatten() for weight in model.parameters() if weight.grad is not None])
 
 
 def gaps(ours, theirs):
-    """How far two (loss, gradient) are from each other: losses absolutely, gradients relatively."""
-    return dict(loss_gap=abs(ours[0] - theirs[0]), gradient_gap=float((ours[1] - theirs[1]).norm() / theirs[1].norm()))
+    """How far apart two (loss, gradient) are: losses absolutely, gradients relatively."""
+    our_loss, our_gradient = ours
+    their_loss, their_gradient = theirs
+    gradient_gap = (our_gradient - their_gradient).norm() / their_gradient.norm()
+    return dict(loss_gap=abs(our_loss - their_loss), gradient_gap=float(gradient_gap))
 
 
 def invent(processor, problems, G, T):
     """A Rollout of random bytes, every answer T tokens long. (Ids below 256 are bytes; no special token is.)"""
-    group_B, zeros_BT = torch.arange(len(problems) * G) // G, torch.zeros(len(problems) * G, T)
-    tokens_BT = torch.randint(256, zeros_BT.shape, generator=generator("bench", T))
-    return Rollout(encode(processor, problems), 1.0, group_B, tokens_BT, zeros_BT + 1, zeros_BT, zeros_BT,
-                   torch.ones(len(group_B)), [""] * len(group_B))
+    B = len(problems) * G
+    return Rollout(
+        prompts=encode(processor, problems),
+        temperature=1.0,
+        group_B=torch.arange(B) // G,
+        tokens_BT=torch.randint(256, (B, T), generator=generator("bench", T)),
+        mask_BT=torch.ones(B, T),
+        logp_BT=torch.zeros(B, T),
+        entropy_BT=torch.zeros(B, T),
+        finished_B=torch.ones(B),
+        texts=[""] * B,
+    )
 
 
 def draw(args, policy, processor, problems):
-    return sample(policy, processor, problems, args.num_generations, seed=(1, "bench"),
-                  max_completion_length=args.max_completion_length, sample_batch_size=10**6)
+    """A Rollout of answers that the policy samples."""
+    return sample(
+        policy, processor, problems, args.num_generations, seed=(1, "bench"),
+        max_completion_length=args.max_completion_length, sample_batch_size=TOGETHER)
 
 
-# --- the parts: each yields lines of the table ------------------------------------------------------------------------
+# --- steps of the scripts ---------------------------------------------------------------------------------------------
 
 
-def bench_sampler(args, policy, processor, problems):
-    """First no answer may end, and both sides make as many tokens; then they end where they do, and pay by token."""
-    cast, sizes = (policy, processor, problems), (args.num_generations, args.max_completion_length)
-    for case, banned in (("all to the limit", policy.banned + policy.ends), ("natural ends", policy.banned)):
-        with mock.patch.object(policy, "banned", banned):
-            times = in_turn(lambda: draw(args, *cast).mask_BT.sum().item(), lambda: generate(*cast, *sizes), args.pairs)
-        yield dict(case=case, sides="generate / ours", wanted=">= 1.8", **times)
+class TimedRun(Run):
+    """A run on one thread that writes and prints nothing. taken: what a step cost, from the log before it."""
 
+    def __init__(self, args):
+        super().__init__(args)
+        torch.set_num_threads(1)  # Run took all cores
+        self.taken = {}
+        self.cpu_began = 0.0
 
-def bench_update(args, policy, processor, problems):
-    S = statistics.mean(map(len, encode(processor, problems).ids))
-    rollouts = {"sampled answers": draw(args, policy, processor, problems)}
-    rollouts |= {f"T/S = {x}": invent(processor, problems[:8], args.num_generations, round(x * S)) for x in SHARES}
-    for case, rollout in rollouts.items():
-        cast = policy, rollout, torch.randn(len(rollout), generator=generator("advantage"))
-        times = in_turn(lambda: backward(*cast), lambda: backward(*cast, plain=True), args.pairs)
-        yield dict(case=case, sides="plain / packed", wanted=">= 1.8" if case == "sampled answers" else ">= 1",
-                   **times, **gaps(backward(*cast), backward(*cast, plain=True)))
+    def log(self, step, metrics, samples=(), pictures=None):
+        cpu = time.process_time() - self.cpu_began
+        tokens = float(metrics["tokens"])
+        self.taken = {}
+        for name, seconds in self.laps.items():
+            self.taken[name.replace("seconds", "tokens_per_second")] = tokens / seconds
+        self.taken["cpu"] = cpu
+        self.taken["tokens"] = tokens
+        self.cpu_began = time.process_time()
+
+    def start(self, policy, optimizer):
+        pass
+
+    def say(self, text):
+        pass
+
+    def append(self, path, rows):
+        pass
+
+    def save_checkpoint(self, step):
+        pass
 
 
 def even_length(problem, text):
@@ -174,93 +286,174 @@ def even_length(problem, text):
     return float(len(text) % 2 == 0)
 
 
-def two_steps(script, args, wishes, **patches):
-    """Two steps of a script's main, without files, evaluation and report. Returns what the second took ({} but on the
-    first process)."""
-    taken = {}
+def two_steps(script, args, wishes, **stand_ins):
+    """Two steps of a script's main, without files, evaluation and report. Returns the cost of the second.
 
-    class Timed(common.Run):
-        began, say, open_folder, append, finish = 0.0, *[lambda self, *_: None] * 4
+    wishes: the script's flags, where they are not its RECIPE's. stand_ins: what replaces functions of the script.
+    On every process but the first the result is {}.
+    """
+    flags = parse_args(script.__name__, script.flags, recipe=script.RECIPE, argv=["--model", args.model])
+    settings = vars(flags) | wishes
+    settings |= dict(
+        max_steps=2, eval_dataset="none", prompts_per_step=args.problems, output_dir=NOWHERE,
+        num_generations=args.num_generations, max_completion_length=args.max_completion_length)
+    runs = []
 
-        def log(self, step, rollout, *_, **metrics):
-            cpu, tokens = time.process_time() - self.began, float(self.sum(rollout.mask_BT.sum()))
-            speeds = {name.replace("seconds", "tokens_per_second"): tokens / lap for name, lap in self.laps.items()}
-            taken.update(dict(speeds, cpu=cpu, tokens=tokens) if self.is_main else {})
-            torch.set_num_threads(1)  # Run took all cores
-            self.began = time.process_time()
+    def hand_back(run, policy, processor):
+        runs.append(run)
 
-    flags = common.parse_args(script.__name__, "", script.flags, script.RECIPE, {}, ["--model", args.model])
-    vars(flags).update(wishes, max_steps=2, eval_dataset="none", prompts_per_step=args.problems, output_dir=NOWHERE,
-                       num_generations=args.num_generations, max_completion_length=args.max_completion_length)
-    with mock.patch.multiple(script, Run=Timed, grade=even_length, **patches):
-        script.main(flags)
-    return taken
+    with mock.patch.multiple(script, Run=TimedRun, finish=hand_back, grade=even_length, **stand_ins):
+        script.main(argparse.Namespace(**settings))
+    run = runs[0]
+    return run.taken if run.is_main else {}
+
+
+def tabletop_wishes(args, updates):
+    """The flags of a step on the tabletop: every step asks all of the problems, and all weights are trained."""
+    return dict(
+        dataset=f"toy@train:{args.problems}", updates_per_step=updates, micro_batch_size=MICRO,
+        sample_batch_size=TOGETHER, train_vision=True, gradient_checkpointing=False)
 
 
 def step_seconds(args, script, updates=1):
     """CPU seconds of a step of a script: sample, score, credit, update."""
-    return two_steps(script, args, dict(
-        dataset=f"toy@train:{args.problems}", updates_per_step=updates, micro_batch_size=MICRO,
-        sample_batch_size=10**6, train_vision=True, gradient_checkpointing=False))["cpu"]
+    return two_steps(script, args, tabletop_wishes(args, updates))["cpu"]
+
+
+def with_flags(args, **flags):
+    """A copy of args with other values for some of its flags."""
+    return argparse.Namespace(**vars(args) | flags)
+
+
+# --- the parts: each yields lines of the table ------------------------------------------------------------------------
+
+
+def bench_sampler(args, policy, processor, problems):
+    """First no answer may end, so both sides make equally many tokens; then answers end where they do. Per token."""
+
+    def ours():
+        return draw(args, policy, processor, problems).mask_BT.sum().item()
+
+    def theirs():
+        return generate(policy, processor, problems, G=args.num_generations, T=args.max_completion_length)
+
+    cases = {"all to the limit": policy.banned + policy.ends, "natural ends": policy.banned}
+    for case, banned in cases.items():
+        with mock.patch.object(policy, "banned", banned):
+            times = in_turn(ours, theirs, args.pairs, cost=cpu_seconds_per_token)
+        yield dict(case=case, sides="generate / ours", wanted=">= 1.8", **times)
+
+
+def bench_update(args, policy, processor, problems):
+    """The update of sampled answers; then of answers that are all of one length, for each T/S of the curve."""
+    rollout = draw(args, policy, processor, problems)
+    case = "sampled answers"
+    yield dict(case=case, sides="plain / packed", wanted=">= 1.8", **compare_updates(args, policy, rollout))
+    S = statistics.mean(len(ids) for ids in rollout.prompts.ids)
+    for share in SHARES:
+        rollout = invent(processor, problems[:8], args.num_generations, round(share * S))
+        case = f"T/S = {share}"
+        yield dict(case=case, sides="plain / packed", wanted=">= 1", **compare_updates(args, policy, rollout))
+
+
+def compare_updates(args, policy, rollout):
+    """Times of the packed and the plain update of one rollout, and how far apart their results are."""
+    advantage_B = torch.randn(len(rollout), generator=generator("advantage"))
+    packed = functools.partial(backward, policy, rollout, advantage_B)
+    plain = functools.partial(backward, policy, rollout, advantage_B, plain=True)
+    times = in_turn(packed, plain, args.pairs)
+    return times | gaps(packed(), plain())
 
 
 def bench_vepo(args, policy, processor, problems):
-    for updates, wanted in ((1, "<= 1.6"), (4, "<= 1.3")):
-        seconds = [lambda script=script: step_seconds(args, script, updates) for script in (grpo, vepo)]
-        yield dict(case=f"updates to a rollout: {updates}", sides="vepo / grpo", wanted=wanted,
-                   **in_turn(*seconds, args.pairs, cost=lambda fn: fn()))
+    """A step of vepo.py beside one of grpo.py."""
+    bounds = {1: "<= 1.6", 4: "<= 1.3"}
+    for updates, wanted in bounds.items():
+        step_of_grpo = functools.partial(step_seconds, args, grpo, updates)
+        step_of_vepo = functools.partial(step_seconds, args, vepo, updates)
+        times = in_turn(step_of_grpo, step_of_vepo, args.pairs, cost=own_seconds)
+        yield dict(case=f"updates to a rollout: {updates}", sides="vepo / grpo", wanted=wanted, **times)
 
 
 def bench_mupo(args, policy, processor, problems):
     """The share of a step of mupo.py that goes into embedding (n-grams) and clustering, and what each takes of it."""
-    paper = argparse.Namespace(**vars(args) | dict(problems=args.mupo_problems, num_generations=15))
-    wishes = dict(dataset=f"toy@train:{paper.problems}", updates_per_step=4, micro_batch_size=MICRO, embedder="ngrams",
-                  sample_batch_size=10**6, train_vision=True, gradient_checkpointing=False, clusters=3, min_cluster=3)
-    taken = []
+    paper = with_flags(args, problems=args.mupo_problems, num_generations=15)
+    steps = []
+    embeddings = []
+    clusterings = []
     for _ in range(args.pairs):
-        spent = dict(reasoning=[], ngrams=[], partition=[], diversity=[])
-        watched = {name: timed(getattr(mupo, name), calls) for name, calls in spent.items()}
-        whole = two_steps(mupo, paper, wishes, is_right=even_length, **watched)["cpu"]
-        each = [sum(calls[len(calls) // 2:]) for calls in spent.values()]  # the second step's half of the calls
-        taken.append((whole, sum(each[:2]), sum(each[2:])))
-    step, embedding, clustering = map(statistics.median, zip(*taken))
-    yield dict(case=f"{paper.problems} problems of 15", sides="clustering / step", wanted="<= 0.15",
-               seconds=[step, embedding, clustering], ratio=statistics.median((e + c) / s for s, e, c in taken))
+        step, spent = step_of_mupo(paper)
+        steps.append(step)
+        embeddings.append(spent["reasoning"] + spent["ngrams"])
+        clusterings.append(spent["partition"] + spent["diversity"])
+    shares = [(e + c) / step for step, e, c in zip(steps, embeddings, clusterings, strict=True)]
+    yield dict(
+        case=f"{paper.problems} problems of 15", sides="clustering / step", wanted="<= 0.15",
+        seconds=[statistics.median(steps), statistics.median(embeddings), statistics.median(clusterings)],
+        ratio=statistics.median(shares))
 
 
-def timed(fn, calls):
-    """fn, which then adds the CPU seconds of each call to the list `calls`."""
-    def wrapped(*args, **kwargs):
-        began = time.process_time()
-        result = fn(*args, **kwargs)
-        calls.append(time.process_time() - began)
-        return result
-    return wrapped
+def step_of_mupo(args):
+    """CPU seconds of a step of mupo.py, and {function: seconds in it} of embedding and clustering."""
+    wishes = tabletop_wishes(args, updates=4) | dict(embedder="ngrams", clusters=3, min_cluster=3)
+    calls = dict(reasoning=[], ngrams=[], partition=[], diversity=[])
+    stand_ins = dict(
+        is_right=even_length,
+        reasoning=timed(mupo.reasoning, calls["reasoning"]),
+        partition=timed(mupo.partition, calls["partition"]),
+        diversity=timed(mupo.diversity, calls["diversity"]),
+    )
+    with mock.patch.object(embedding, "ngrams", timed(embedding.ngrams, calls["ngrams"])):
+        step = two_steps(mupo, args, wishes, **stand_ins)["cpu"]
+    spent = {}
+    for name, seconds in calls.items():
+        half = len(seconds) // 2  # both steps call it equally often; the second is measured
+        spent[name] = sum(seconds[half:])
+    return step, spent
 
 
 def bench_memory(args, policy, processor, problems):
     """The tabletop's body with Qwen's vocabulary: what is measured is the logits and what is made of them."""
     config = AutoConfig.from_pretrained(args.model)
     config.get_text_config().vocab_size = VOCABULARY
-    large = random_policy(config, args.model).prepare(processor.tokenizer)
+    large = random_policy(config, args.model)
+    large.set_vocabulary(processor.tokenizer)
     large.vocabulary = VOCABULARY
     rollout = invent(processor, problems[:1], 8, LENGTH)
-    other = vepo.counterfactual(rollout.prompts, "noise", 2.0, (1, "bench"))
+    noised = vepo.counterfactual(rollout.prompts, "noise", 2.0, (1, "bench"))
     before = memory_gb("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
     with torch.no_grad():
-        read(vepo.look, rollout, large, common.Reading(large, other))
-    yield dict(case=f"V = {VOCABULARY:,}", sides="GB", wanted="<= 1.5", ratio=memory_gb("VmHWM") - before)
+        read(vepo.look, rollout, large, Reading(large, noised))
+    needed = memory_gb("VmHWM") - before
+    yield dict(case=f"V = {VOCABULARY:,}", sides="GB", wanted="<= 1.5", ratio=needed)
 
 
 # --- TRL --------------------------------------------------------------------------------------------------------------
 
 
+class StepClock(transformers.TrainerCallback):
+    """Notes the CPU time at the start and the end of each step of a Trainer."""
+
+    def __init__(self):
+        self.times = []
+
+    def on_step_begin(self, *args, **kwargs):
+        self.times.append(time.process_time())
+
+    def on_step_end(self, *args, **kwargs):
+        self.times.append(time.process_time())
+
+
+def even_lengths(completions, **columns):
+    """even_length as TRL calls a reward: for a list of answers, each a list with one message."""
+    return [even_length(None, messages[0]["content"]) for messages in completions]
+
+
 def trl_trainer(args, problems):
     """TRL's GRPOTrainer: the same problems in every step, MICRO answers to a pass. Its defaults are those of grpo.py
     here: one update, no KL, temperature 1, mean over tokens (dapo), advantages over the group's std."""
-    import trl
-    policy, processor = common.load_policy(args.model)
+    policy, processor = load_policy(args.model)
     processor.tokenizer.padding_side = "left"  # as TRL loads it when it is given none
     answers = args.problems * args.num_generations
     config = trl.GRPOConfig(
@@ -268,156 +461,242 @@ def trl_trainer(args, problems):
         per_device_train_batch_size=min(MICRO, answers), gradient_accumulation_steps=max(1, answers // MICRO),
         shuffle_dataset=False, gradient_checkpointing=False, bf16=False, use_cpu=True, report_to="none",
         save_strategy="no", logging_strategy="no", disable_tqdm=True)
-    rows = [dict(prompt=[dict(role="user", content=f"{problem['problem']}\n{common.INSTRUCTION}")],
-                 images=problem["images"]) for problem in problems]
+    rows = []
+    for problem in problems:
+        message = dict(role="user", content=f"{problem['problem']}\n{common.INSTRUCTION}")
+        rows.append(dict(prompt=[message], images=problem["images"]))
     trainer = trl.GRPOTrainer(
-        policy.requires_grad_(True), lambda completions, **_: [even_length(None, c[0]["content"]) for c in completions],
-        config, Dataset.from_list(rows), processing_class=processor)
+        policy.requires_grad_(True), even_lengths, config, Dataset.from_list(rows), processing_class=processor)
     trainer.remove_callback(transformers.PrinterCallback)
     return trainer
 
 
 def trl_seconds(args, problems):
     """CPU seconds of the second of two steps, from its first token to its new weights."""
-    clock = []
-    tick = {name: lambda *_, **__: clock.append(time.process_time()) for name in ("on_step_begin", "on_step_end")}
+    clock = StepClock()
     trainer = trl_trainer(args, problems)
-    trainer.add_callback(type("Clock", (transformers.TrainerCallback,), tick))
+    trainer.add_callback(clock)
     trainer.train()
-    return clock[3] - clock[2]
+    began, ended = clock.times[2:]
+    return ended - began
 
 
 def bench_trl(args, policy, processor, problems):
-    if importlib.util.find_spec("trl") is None:
-        return print("trl       skipped: trl cannot be imported; pip install trl==1.16.0 beside requirements.txt")
-    seconds = lambda: step_seconds(args, grpo), lambda: trl_seconds(args, problems)
-    yield dict(case="one step", sides="TRL / grpo", wanted=">= 2.5", **trl_gaps(args, policy, processor, problems),
-               **in_turn(*seconds, args.pairs, cost=lambda fn: fn()))
+    """A step of TRL's trainer beside one of grpo.py. Without TRL there is no line, and the table says so."""
+    if trl is None:
+        print("trl       skipped: trl cannot be imported; pip install trl==1.16.0 beside requirements.txt")
+        return
+    checks = trl_gaps(args, policy, processor, problems)
+    our_step = functools.partial(step_seconds, args, grpo)
+    their_step = functools.partial(trl_seconds, args, problems)
+    times = in_turn(our_step, their_step, args.pairs, cost=own_seconds)
+    yield dict(case="one step", sides="TRL / grpo", wanted=">= 2.5", **checks, **times)
 
 
 def trl_gaps(args, policy, processor, problems):
-    """Loss and gradient of our answers by TRL and by us, with π_old a little off: ratio and clip have their say."""
+    """Loss and gradient of the same answers by TRL and by us; π_old is a little off, so that ratio and clip matter."""
     rollout = draw(args, policy, processor, problems)
     # TRL forbids no token when it reads, and its softmax runs over the embedding's rows of padding too.
-    rows, none = policy.config.get_text_config().vocab_size, torch.zeros(0, dtype=torch.long).numpy()
-    with mock.patch.multiple(policy, vocabulary=rows, banned=none):
+    rows = policy.config.get_text_config().vocab_size
+    nothing = np.zeros(0, dtype=np.int64)  # an empty list would become a tensor of floats
+    with mock.patch.multiple(policy, vocabulary=rows, banned=nothing):
         with torch.no_grad():
             logp_BT = read(token_logps, rollout, policy)
         old_logp_BT = logp_BT + 0.2 * torch.randn(logp_BT.shape, generator=generator("old"))
         advantage_B = grpo.group_advantages(rollout.score(even_length)).flatten()
         ours = backward(policy, rollout, advantage_B, old_logp_BT=old_logp_BT)
+    return gaps(ours, trl_backward(args, problems, rollout, old_logp_BT))
+
+
+def trl_backward(args, problems, rollout, old_logp_BT):
+    """Loss and gradient by TRL of answers that we sampled."""
+    answers = []
+    for tokens_T, mask_T in zip(rollout.tokens_BT, rollout.mask_BT, strict=True):
+        answers.append(tokens_T[mask_T.bool()].tolist())
+
+    def give_answers(*args, **kwargs):
+        return answers, None
+
     trainer = trl_trainer(args, problems)
-    answers = [tokens[mask.bool()].tolist() for tokens, mask in zip(rollout.tokens_BT, rollout.mask_BT)]
-    trainer._generate_single_turn = lambda *_, **__: (answers, None)
+    trainer._generate_single_turn = give_answers
     trainer.current_gradient_accumulation_steps = trainer.args.steps_per_generation
-    inputs = trainer._generate_and_score_completions([trainer.train_dataset[p] for p in rollout.group_B.tolist()])
-    loss = trainer._compute_loss(trainer.model, inputs | dict(old_per_token_logps=old_logp_BT))
+    rows = [trainer.train_dataset[p] for p in rollout.group_B.tolist()]
+    inputs = trainer._generate_and_score_completions(rows)
+    inputs["old_per_token_logps"] = old_logp_BT
+    loss = trainer._compute_loss(trainer.model, inputs)
     loss.backward()
-    return gaps(ours, (loss.item(), gradient(trainer.model)))
+    return loss.item(), gradient(trainer.model)
 
 
 # --- real sizes -------------------------------------------------------------------------------------------------------
 
-# Hidden size, layers, heads, key-value heads, feed-forward size, rows of the embedding; "tiny" is the tabletop's.
-SHAPES = {"tiny": (), "3B": (2048, 36, 16, 2, 11_008, 151_936), "7B": (3584, 28, 28, 4, 18_944, 152_064)}
+# "tiny" is the tabletop's own size, and needs no numbers.
+SHAPES = {
+    "tiny": None,
+    "3B": dict(
+        hidden_size=2048, num_hidden_layers=36, num_attention_heads=16, num_key_value_heads=2,
+        intermediate_size=11_008, vocab_size=151_936),
+    "7B": dict(
+        hidden_size=3584, num_hidden_layers=28, num_attention_heads=28, num_key_value_heads=4,
+        intermediate_size=18_944, vocab_size=152_064),
+}
 
 
 def shape_config(shape, tokenizer):
     """Qwen2.5-VL-3B's or -7B's configuration; the ids of the special tokens are the tokenizer's."""
-    hidden, layers, heads, kv_heads, inner, rows = SHAPES[shape]
-    text = dict(hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=kv_heads,
-                intermediate_size=inner, vocab_size=rows, rope_parameters=dict(
-                    rope_type="default", rope_theta=1e6, mrope_section=[16, 24, 24]))
+    rope = dict(rope_type="default", rope_theta=1e6, mrope_section=[16, 24, 24])
+    text = dict(SHAPES[shape], rope_parameters=rope)
     # The other defaults are Qwen's: 32 blocks, full attention in four of them, windows of 112, patches of 14 pixels.
-    vision = dict(hidden_size=1280, intermediate_size=3420, out_hidden_size=hidden)
-    marks = ("image_pad", "video_pad", "vision_start", "vision_end")
-    image, video, start, end = tokenizer.convert_tokens_to_ids([f"<|{mark}|>" for mark in marks])
+    vision = dict(hidden_size=1280, intermediate_size=3420, out_hidden_size=text["hidden_size"])
     return Qwen2_5_VLConfig(
-        text_config=text, vision_config=vision, tie_word_embeddings=shape == "3B", image_token_id=image,
-        video_token_id=video, vision_start_token_id=start, vision_end_token_id=end)
+        text_config=text,
+        vision_config=vision,
+        tie_word_embeddings=shape == "3B",
+        image_token_id=tokenizer.convert_tokens_to_ids("<|image_pad|>"),
+        video_token_id=tokenizer.convert_tokens_to_ids("<|video_pad|>"),
+        vision_start_token_id=tokenizer.convert_tokens_to_ids("<|vision_start|>"),
+        vision_end_token_id=tokenizer.convert_tokens_to_ids("<|vision_end|>"),
+    )
 
 
 def random_policy(config, folder):
-    """A model that nobody trained; what ends its answers is told by generation_config.json in `folder`."""
+    """A model with random weights; which ids end its answers is in generation_config.json in `folder`."""
     policy = AutoModelForImageTextToText.from_config(config, dtype=torch.float32).eval()
-    policy.__class__, policy.generation_config = common.Policy, GenerationConfig.from_pretrained(folder)
+    policy.__class__ = Policy
+    policy.generation_config = GenerationConfig.from_pretrained(folder)
     return policy
+
+
+def noise_problems(count, pixels):
+    """Problems whose pictures are squares of noise of about `pixels` pixels."""
+    side = 28 * max(1, round(pixels**0.5 / 28))
+    problems = []
+    for number in range(count):
+        picture = Image.effect_noise((side, side), 99).convert("RGB")
+        problems.append(dict(
+            id=str(number), problem="What is it?", answer="1", verifier="digit", images=[picture]))
+    return problems
+
+
+def write_shape(folder, shape):
+    """Writes tokenizer, image processor, config.json and generation_config.json of a model of this size."""
+    untrained(folder)
+    if shape != "tiny":
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        shape_config(shape, tokenizer).save_pretrained(folder)
 
 
 def bench_shape(args):
     """The second of two steps of grpo.py at a real size: its speed and its memory ({} but on the first process)."""
-    from lab import toy
-    side = 28 * max(1, round(args.pixels**0.5 / 28))
-    problems = [dict(id=str(i), problem="What is it?", answer="1", verifier="digit",
-                     images=[Image.effect_noise((side, side), 99).convert("RGB")]) for i in range(args.problems)]
-    with tempfile.TemporaryDirectory() as args.model:
-        toy.untrained(args.model)  # for its tokenizer, image processor and generation_config.json
-        if args.shape != "tiny":
-            shape_config(args.shape, AutoTokenizer.from_pretrained(args.model)).save_pretrained(args.model)
-        config = AutoConfig.from_pretrained(args.model)
-        # Of the real size's rows the tokenizer names a few hundred; the head must make them all the same.
-        rows = property(lambda policy: config.get_text_config().vocab_size, lambda policy, value: None)
-        with mock.patch.object(common.Policy, "vocabulary", rows, create=True), \
-                mock.patch.object(common, "load_whole", lambda folder, dtype: random_policy(config, folder)):
-            step = two_steps(grpo, args, dict(updates_per_step=1, max_pixels=args.pixels, max_prompt_length=20_000),
-                             load_problems=lambda name: [] if name == "none" else problems)
-    peak = torch.cuda.max_memory_allocated() / 1e9 if args.device == "cuda" else memory_gb("VmHWM")
-    return step and dict(step, peak_memory_gb=peak)
+    problems = noise_problems(args.problems, args.pixels)
+    set_vocabulary = Policy.set_vocabulary
+
+    def set_whole_vocabulary(policy, tokenizer):
+        # The tokenizer names a few hundred of the real size's rows. The head must compute all of them.
+        set_vocabulary(policy, tokenizer)
+        policy.vocabulary = policy.config.get_text_config().vocab_size
+
+    def load_random(folder, dtype):
+        return random_policy(AutoConfig.from_pretrained(folder), folder)
+
+    def load_noise(spec):
+        return [] if spec == "none" else problems
+
+    wishes = dict(updates_per_step=1, max_pixels=args.pixels, max_prompt_length=20_000)
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        mock.patch.object(Policy, "set_vocabulary", set_whole_vocabulary),
+        mock.patch.object(common, "load_whole", load_random),
+    ):
+        write_shape(folder, args.shape)
+        step = two_steps(grpo, with_flags(args, model=folder), wishes, load_problems=load_noise)
+    if step and args.device == "cuda":
+        step["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
+    elif step:
+        step["peak_memory_gb"] = memory_gb("VmHWM")
+    return step
 
 
 # --- the table --------------------------------------------------------------------------------------------------------
 
-PARTS = dict(sampler=bench_sampler, update=bench_update, trl=bench_trl, vepo=bench_vepo, mupo=bench_mupo,
-             memory=bench_memory)
+PARTS = dict(
+    sampler=bench_sampler,
+    update=bench_update,
+    trl=bench_trl,
+    vepo=bench_vepo,
+    mupo=bench_mupo,
+    memory=bench_memory,
+)
 
 
 def parse(argv=None):
-    parser = common.Parser("bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    devices = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
+    whole = at_least(1)
+    parser = Parser("bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="toy", help="toy, or the folder of a model of the tabletop")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="what to compare")
-    parser.add_argument("--pairs", type=int, default=5, help="how often both sides are measured")
-    parser.add_argument("--problems", type=int, default=16, help="P, problems in a step")
-    parser.add_argument("--num_generations", type=int, default=8, help="G, answers to each")
-    parser.add_argument("--mupo_problems", type=int, default=64, help="P of the part mupo, whose G is 15")
-    parser.add_argument("--max_completion_length", type=int, default=64, help="tokens of an answer")
+    parser.add_argument("--pairs", type=whole, default=5, help="how often both sides are measured")
+    parser.add_argument("--problems", type=whole, default=16, help="P, problems in a step")
+    parser.add_argument("--num_generations", type=whole, default=8, help="G, answers to each")
+    parser.add_argument("--mupo_problems", type=whole, default=64, help="P of the part mupo, whose G is 15")
+    parser.add_argument("--max_completion_length", type=whole, default=64, help="tokens of an answer")
     parser.add_argument("--shape", choices=SHAPES, help="measure grpo.py at this size instead, with random weights")
-    parser.add_argument("--device", choices=("cpu", "cuda")[:1 + torch.cuda.is_available()], default="cpu",
-                        help="of --shape; the comparisons are the CPU's")
-    parser.add_argument("--pixels", type=int, default=1_000_000, help="of --shape's pictures")
+    parser.add_argument("--device", choices=devices, default="cpu", help="of --shape; the comparisons are the CPU's")
+    parser.add_argument("--pixels", type=whole, default=1_000_000, help="of --shape's pictures")
     parser.add_argument("--output", default="results/bench.json", help="where the numbers go")
     return parser.parse_args(argv)
 
 
-def show(part, line):
+def is_met(ratio, wanted):
+    """Whether a ratio keeps a bound such as ">= 1.8" or "<= 0.15"."""
+    sign, bound = wanted.split()
+    if sign == ">=":
+        return ratio >= float(bound)
+    return ratio <= float(bound)
+
+
+def print_line(line):
     """Prints one line of the table."""
-    sign, bound = line["wanted"].split()
-    line = dict(part=part, **line, met=(line["ratio"] >= float(bound)) == (sign == ">="))
-    checks = "  ".join(f"{name} {line[name]:.1e}" for name in ("loss_gap", "gradient_gap") if name in line)
-    print(f"{part:10}{line['case']:26}{line['sides']:18}{line['ratio']:6.2f}  {line['wanted']:8}"
-          f"{'' if line['met'] else 'missed':8}{checks}".rstrip(), flush=True)
-    return line
+    text = f"{line['part']:10}{line['case']:26}{line['sides']:18}{line['ratio']:6.2f}  {line['wanted']:8}"
+    verdict = "" if line["met"] else "missed"
+    checks = [f"{name} {line[name]:.1e}" for name in ("loss_gap", "gradient_gap") if name in line]
+    print(f"{text}{verdict:8}{'  '.join(checks)}".rstrip(), flush=True)
+
+
+def compare(args):
+    """Measures the parts and prints a line for each comparison. Returns the lines, as results/bench.json has them."""
+    args = with_flags(args, model=find_model(args.model))
+    policy, processor = load_policy(args.model)
+    policy.requires_grad_(True)
+    problems = load_problems(f"toy@train:{args.problems}")[:]
+    print(f"{'part':10}{'case':26}{'what':18}{'ratio':>6}  {'wanted':16}checks")
+    lines = []
+    for part in args.parts:
+        for numbers in PARTS[part](args, policy, processor, problems):
+            line = dict(part=part, **numbers, met=is_met(numbers["ratio"], numbers["wanted"]))
+            print_line(line)
+            lines.append(line)
+    return lines
 
 
 def main(args):
+    check_writable(str(Path(args.output).parent), "--output")
     os.environ["ACCELERATE_USE_CPU"] = str(args.device == "cpu")
-    about = dict(vars(args), torch=torch.__version__, transformers=transformers.__version__)
     torch.set_num_threads(1)
     if args.shape:
         numbers = bench_shape(args)
-        print("".join(f"{name:28}{value:12,.1f}\n" for name, value in numbers.items()), end="")
+        for name, value in numbers.items():
+            print(f"{name:28}{value:12,.1f}")
     else:
-        args.model = common.find_model(args.model)
-        policy, processor = common.load_policy(args.model)
-        cast = policy.requires_grad_(True), processor, common.load_problems(f"toy@train:{args.problems}")[:]
-        print(f"{'part':10}{'case':26}{'what':18}{'ratio':>6}  {'wanted':16}checks")
-        numbers = [show(part, line) for part in args.parts for line in PARTS[part](args, *cast)]
+        numbers = compare(args)
     if numbers:  # else this is not the first process
+        about = dict(vars(args), torch=torch.__version__, transformers=transformers.__version__, numbers=numbers)
         Path(args.output).parent.mkdir(parents=True, exist_ok=True)
-        common.write_atomically(args.output, json.dumps(about | dict(numbers=numbers), indent=1) + "\n")
+        write_atomically(args.output, json.dumps(about, indent=1) + "\n")
 
 
 if __name__ == "__main__":
     try:
         main(parse())
-    except common.UserError as error:
-        common.Parser().error(str(error))
+    except UserError as error:
+        Parser().error(str(error))

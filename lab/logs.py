@@ -11,9 +11,9 @@ import json
 from collections import namedtuple
 from pathlib import Path
 
-import numpy as np
-
 from harness.flags import UserError
+
+import numpy as np
 
 # In reading order: title, unit, {key of metrics.jsonl: its name in a shared panel}.
 # The other keys, such as those of schedules, have no panel.

@@ -12,13 +12,6 @@ import textwrap
 from collections import namedtuple
 from pathlib import Path
 
-import matplotlib
-import numpy as np
-from matplotlib.figure import Figure
-from matplotlib.font_manager import findfont, get_font
-from matplotlib.patheffects import withStroke
-from matplotlib.ticker import MaxNLocator
-
 from harness.flags import UserError
 from lab.logs import (
     CLUSTERS,
@@ -34,6 +27,13 @@ from lab.logs import (
     series,
     trace,
 )
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.font_manager import findfont, get_font
+from matplotlib.patheffects import withStroke
+from matplotlib.ticker import MaxNLocator
 
 # --- one place for sizes and colours
 
@@ -590,7 +590,7 @@ def frame_plane(axis, points, share):
 def plane(embeddings):
     """(N, D) → (N, 2), along the two directions of largest variance (PCA), and the share of the variance they hold."""
     centred = np.array(embeddings, float) - np.mean(embeddings, 0)
-    left, sizes, _ = np.linalg.svd(centred, full_matrices=False)
+    left, sizes = np.linalg.svd(centred, full_matrices=False)[:2]
     points = np.zeros((len(centred), 2))
     points[:, :len(sizes)] = (left * sizes)[:, :2].round(9)  # else rounding errors would part equal answers
     if not points.any():
@@ -602,7 +602,10 @@ def plane(embeddings):
 
 def side_by_side(points):
     """(N, 2) → (N, 2). Points that would hide each other are moved into a small spiral around the first of them."""
-    reach = 0.045 * (np.ptp(points, 0).max() or 1.0)
+    size = np.ptp(points, 0).max()
+    if size == 0:
+        size = 1.0
+    reach = 0.045 * size
     cells = np.round(points / reach)
     earlier = [[(cells[:i] == cell).all(1).sum()] for i, cell in enumerate(cells)]  # points before it in its cell
     turns = np.array(earlier)

@@ -152,7 +152,7 @@ def tokens(output_dir, pictures=None):
     source, rows = load_last(output_dir, "signals.jsonl", SIGNALS)
     pictures = pictures or {}
     rows = choose_answers(rows, pictures)
-    tops = {key: max(value for row in rows for value in row[key]) or 1 for key in SHADES}
+    tops = {key: highest(rows, key) for key in SHADES}
     text = TOKENS.format(
         title=f"{len(rows)} answers, token by token",
         about=html.escape(source),
@@ -173,6 +173,12 @@ def choose_answers(rows, pictures):
         ranks.append((row["id"] not in pictures, seen[row["id"]]))
     order = sorted(range(len(rows)), key=ranks.__getitem__)
     return [rows[i] for i in order[:16]]
+
+
+def highest(rows, key):
+    """The highest value of a signal on the page, which gets the full shade; 1 if all values are 0."""
+    top = max(value for row in rows for value in row[key])
+    return 1 if top == 0 else top
 
 
 def button(key):

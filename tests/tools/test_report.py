@@ -17,8 +17,9 @@ import torch
 from PIL import Image
 
 import vepo
-from common import UserError, load_problems
-from lab import report
+from common import load_problems
+from harness.flags import UserError
+from lab import logs, pictures, report
 
 HOSTILE = ('<script>alert("1")</script><img src=x onerror=alert(1)>&amp; \' {title} $\\frac{1}$ \x00 \u202e 猫 '
            '</pre></body>')
@@ -53,7 +54,7 @@ def assert_png(path):
 def drawn(monkeypatch):
     """What would be drawn instead of the picture: a list of (panels, path, headline, caption, ...)."""
     calls = []
-    monkeypatch.setattr(report, "draw", lambda *args: calls.append(args) or args[1])
+    monkeypatch.setattr(pictures, "draw", lambda *args, **more: calls.append((*args, *more.values())) or args[1])
     return calls
 
 
@@ -65,13 +66,13 @@ def test_running_mean_is_the_mean_of_the_neighbours(count):
     values = np.random.default_rng(count).normal(size=count)
     half = count // 24
     expected = [values[max(0, i - half) : i + half + 1].mean() for i in range(count)]
-    np.testing.assert_allclose(report.running_mean(values), expected, atol=1e-12)
+    np.testing.assert_allclose(logs.running_mean(values), expected, atol=1e-12)
 
 
 def test_aggregate_is_numpys_mean_and_range_over_the_shared_steps():
     values = np.random.default_rng(0).normal(size=(3, 7))
     steps = [np.arange(7.0), np.arange(7.0), np.arange(5.0)]  # the third run stopped early
-    shared, mean, low, high = report.aggregate([(step, row[: len(step)]) for step, row in zip(steps, values)])
+    shared, mean, low, high = logs.aggregate([(step, row[: len(step)]) for step, row in zip(steps, values)])
     np.testing.assert_array_equal(shared, np.arange(5))
     np.testing.assert_allclose(mean, values[:, :5].mean(0))
     np.testing.assert_array_equal(low, values[:, :5].min(0))
@@ -81,34 +82,34 @@ def test_aggregate_is_numpys_mean_and_range_over_the_shared_steps():
 def test_aggregate_pairs_values_by_step_and_not_by_place():
     first = np.array([0.0, 2, 4]), np.array([1.0, 2, 3])
     second = np.array([2.0, 3, 4]), np.array([10.0, 0, 20])
-    shared, mean, _, _ = report.aggregate([first, second])
+    shared, mean, _, _ = logs.aggregate([first, second])
     assert shared.tolist() == [2, 4] and mean.tolist() == [6, 11.5]
 
 
 def test_series_takes_the_later_line_of_a_repeated_step_and_leaves_gaps():
     rows = [{"step": 1, "kl": 1.0}, {"step": 2, "kl": 2.0}, {"step": 1, "kl": 5.0}, {"step": 0},
             {"step": 3, "kl": None}, {"step": 4, "kl": float("inf")}]
-    steps, values = report.series(rows, "kl")
+    steps, values = logs.series(rows, "kl")
     assert steps.tolist() == [1, 2, 4]
     np.testing.assert_array_equal(values, [5, 2, np.nan])
 
 
 def test_spread_keeps_order_and_distance_and_moves_nothing_without_need():
-    assert report.spread([0.1, 0.9], [0.1, 0.1]).tolist() == [0.1, 0.9]
-    np.testing.assert_allclose(report.spread([0.5, 0.5], [0.1, 0.3]), [0.4, 0.6])
+    assert pictures.spread([0.1, 0.9], [0.1, 0.1]).tolist() == [0.1, 0.9]
+    np.testing.assert_allclose(pictures.spread([0.5, 0.5], [0.1, 0.3]), [0.4, 0.6])
     heights = np.array([0.5, 0.52, 0.1, 0.51, 0.5, 0.12, 0.9, 0.53])
-    placed = report.spread(heights, [0.1] * 8)
+    placed = pictures.spread(heights, [0.1] * 8)
     assert (np.argsort(placed) == np.argsort(heights, kind="stable")).all()
     assert np.diff(np.sort(placed)).min() > 0.099
-    assert report.spread([], []).tolist() == []
+    assert pictures.spread([], []).tolist() == []
 
 
 def test_a_script_keeps_its_colour_and_nine_lines_are_refused():
-    few, many = report.colours_of(["mupo", "mine", "grpo"]), report.colours_of(["grpo", "a", "b", "vepo", "mupo"])
+    few, many = pictures.colours_of(["mupo", "mine", "grpo"]), pictures.colours_of(["grpo", "a", "b", "vepo", "mupo"])
     assert few["grpo"] == many["grpo"] and few["mupo"] == many["mupo"]
     assert len(set(many.values())) == 5 and len(set(few.values())) == 3
     with pytest.raises(UserError, match="at most 8"):
-        report.colours_of([str(i) for i in range(9)])
+        pictures.colours_of([str(i) for i in range(9)])
 
 
 # --- pictures
@@ -148,7 +149,7 @@ def test_overlay_draws_the_mean_and_the_range_over_seeds(tmp_path, drawn):
     single = make_run(tmp_path / "single", steps_of(values[0]))
     report.overlay({"grpo": seeds, "mine": str(single)}, tmp_path / "o.png")
     [(title, unit, lines)] = drawn[0][0]
-    smooth = np.array([report.running_mean(row) for row in values])
+    smooth = np.array([logs.running_mean(row) for row in values])
     assert (title, unit, [line.label for line in lines]) == ("Entropy of a token", "nats", ["grpo", "mine"])
     np.testing.assert_allclose(lines[0].y, smooth.mean(0))
     np.testing.assert_allclose([lines[0].low, lines[0].high], [smooth.min(0), smooth.max(0)])
@@ -192,14 +193,14 @@ def test_pass_at_k_has_a_panel_for_each_data_set_over_log2_of_k(drawn):
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
-    report.write(tmp_path / "a", b"old")
+    pictures.write(tmp_path / "a", b"old")
 
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(report.os, "replace", full)
+    monkeypatch.setattr(pictures.os, "replace", full)
     with pytest.raises(UserError, match="No space left"):
-        report.write(tmp_path / "a", b"new")
+        pictures.write(tmp_path / "a", b"new")
     assert [path.name for path in tmp_path.iterdir()] == ["a"] and (tmp_path / "a").read_bytes() == b"old"
 
 
@@ -270,7 +271,7 @@ def answer_row(tokens, step=3, id="p0", **changes):
     """A line of signals.jsonl, its values a function of the tokens."""
     rng, n = np.random.default_rng(sum(map(ord, "".join(tokens)))), len(tokens)
     values = dict(jsd=rng.random(n), delta_entropy=rng.random(n), entropy=3 * rng.random(n), score=rng.random(n),
-                  kept=1.0 * report.top_fifth(rng.random(n)))
+                  kept=1.0 * pictures.top_fifth(rng.random(n)))
     row = dict(step=step, id=id, problem="How many?", tokens=list(tokens))
     return row | {key: value.round(4).tolist() for key, value in values.items()} | changes
 
@@ -292,23 +293,23 @@ def test_missed_by_entropy_is_the_share_counted_by_hand_and_picks_as_vepo_does()
                         for values in (row["jsd"], row["entropy"]))
         top, missed = top + len(jsd), missed + len(jsd - entropy)
         picked = vepo.top_fraction(torch.tensor([row["jsd"]]).float(), torch.ones(1, n), 0.2)[0].bool()
-        assert report.top_fifth(row["jsd"]).tolist() == picked.tolist() == [i in jsd for i in range(n)]
-    assert 0 < missed < top and report.missed_by_entropy(rows) == missed / top
+        assert pictures.top_fifth(row["jsd"]).tolist() == picked.tolist() == [i in jsd for i in range(n)]
+    assert 0 < missed < top and pictures.missed_by_entropy(rows) == missed / top
 
 
 def test_the_telling_tokens_look_most_or_hesitate_most_without_looking():
     entropy, jsd = np.array([0.1, 3, 2, 0.2, 0, 1, 1, 1, 1, 1]), np.array([0.9, 0, 0.01, 0.8, 0.7, 0, 0, 0, 0, 0])
     words = ["red", "so", "so", "red", "blue", "a", "a", "a", "a", "a"]
-    found = report.telling(entropy, jsd, words)
+    found = pictures.telling(entropy, jsd, words)
     assert found[:2] == [0, 4] and {1, 5} < set(found) and 3 not in found
 
 
 def test_labels_neither_overlap_nor_leave_the_axis():
     points = np.random.default_rng(0).random((60, 2)) ** 3
-    figure = report.Figure(figsize=(5, 3))
+    figure = pictures.Figure(figsize=(5, 3))
     axis = figure.add_subplot()
     axis.scatter(*points.T)
-    report.label_points(axis, points, {i: f"word {i}" for i in range(60)})
+    pictures.label_points(axis, points, {i: f"word {i}" for i in range(60)})
     boxes = [text.get_window_extent() for text in axis.texts]
     assert 5 < len(boxes) < 60 and not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
     assert all((box.min >= axis.bbox.min).all() and (box.max <= axis.bbox.max).all() for box in boxes)
@@ -323,7 +324,7 @@ def test_labels_neither_overlap_nor_leave_the_axis():
 @pytest.mark.filterwarnings("error")
 def test_signals_and_tokens_of_odd_answers(tmp_path, rows):
     run = write_rows(tmp_path, "signals.jsonl", rows)
-    assert report.signals(run) == run / "signals.png" and report.tokens(run) == run / "tokens.html"
+    assert pictures.signals(run) == run / "signals.png" and report.tokens(run) == run / "tokens.html"
     assert_png(run / "signals.png")
     page = Reader((run / "tokens.html").read_text("utf-8"))
     assert page.open == [] and page.tags.count("article") == len(rows)
@@ -331,22 +332,22 @@ def test_signals_and_tokens_of_odd_answers(tmp_path, rows):
 
 def test_the_title_of_signals_gives_the_missed_share_of_the_last_step(tmp_path, monkeypatch):
     seen = []
-    frame = report.frame
-    monkeypatch.setattr(report, "frame", lambda *args: seen.append(args) or frame(*args))
+    frame = pictures.frame
+    monkeypatch.setattr(pictures, "frame", lambda *args: seen.append(args) or frame(*args))
     last = answer_row("abcdefghij", jsd=list(range(10)), entropy=[0.0] * 8 + [1.0, 0.0])  # 9 missed, 8 found
-    report.signals(write_rows(tmp_path, "signals.jsonl", [answer_row("abcdefghij", step=2), last]))
+    pictures.signals(write_rows(tmp_path, "signals.jsonl", [answer_row("abcdefghij", step=2), last]))
     assert seen[0][0].startswith("50.0% of the top-20% JSD tokens are not") and "step 3, 1 answers" in seen[0][1]
 
 
 def test_only_the_last_step_counts_and_no_answer_twice(tmp_path):
     rows = [answer_row("old", step=2), answer_row("one"), answer_row("two"), answer_row("one", id="p1"),
             answer_row("one", kept=[1.0] * 3), answer_row("")]
-    about, found = report.load_last(write_rows(tmp_path, "signals.jsonl", rows), "signals.jsonl", report.SIGNALS)
+    about, found = logs.load_last(write_rows(tmp_path, "signals.jsonl", rows), "signals.jsonl", logs.SIGNALS)
     assert about == "grpo, model toy, seed 0; step 3"
     assert [(row["id"], "".join(row["tokens"])) for row in found] == [("p0", "one"), ("p0", "two"), ("p1", "one")]
     assert found[0]["kept"] == [1.0] * 3  # the later line
     rows = [group_row(2, id=name, step=step) for name, step in (("a", 1), ("a", 2), ("b", 2), ("a", 2))]
-    found = report.load_last(write_rows(tmp_path, "clusters.jsonl", rows), "clusters.jsonl", report.CLUSTERS)[1]
+    found = logs.load_last(write_rows(tmp_path, "clusters.jsonl", rows), "clusters.jsonl", logs.CLUSTERS)[1]
     assert [row["id"] for row in found] == ["a", "b"]
 
 
@@ -398,30 +399,30 @@ def group_row(answers, id="p0", step=3, size=5, **changes):
 
 def test_plane_is_numpys_principal_components():
     e = np.random.default_rng(0).normal(size=(12, 5)) * [5, 1, 3, 0.1, 2]
-    points, share = report.plane(e.tolist())
+    points, share = pictures.plane(e.tolist())
     values, vectors = np.linalg.eigh(np.cov(e.T))
     expected = (e - e.mean(0)) @ vectors[:, [4, 3]]
     np.testing.assert_allclose(np.abs(points), np.abs(expected), atol=1e-8)
     np.testing.assert_allclose(points @ points.T, expected @ expected.T, atol=1e-7)
     assert np.isclose(share, values[[4, 3]].sum() / values.sum())
     assert (points.max(0) > -points.min(0)).all()  # signs do not depend on the machine
-    np.testing.assert_array_equal(report.plane((e + 7).tolist())[0].round(6), points.round(6))
+    np.testing.assert_array_equal(pictures.plane((e + 7).tolist())[0].round(6), points.round(6))
 
 
 def test_plane_of_what_has_no_plane():
-    points, share = report.plane([[0.0, 0], [3, 4]])
+    points, share = pictures.plane([[0.0, 0], [3, 4]])
     np.testing.assert_allclose(np.abs(points), [[2.5, 0], [2.5, 0]])
-    assert share == 1 and report.plane([[1.0], [3.0], [2.0]])[0].shape == (3, 2)
-    points, share = report.plane([[0.1, 0.7, 0.3]] * 9)
-    assert share == 1 and not points.any() and report.plane([[0.6, 0.8]])[0].tolist() == [[0, 0]]
+    assert share == 1 and pictures.plane([[1.0], [3.0], [2.0]])[0].shape == (3, 2)
+    points, share = pictures.plane([[0.1, 0.7, 0.3]] * 9)
+    assert share == 1 and not points.any() and pictures.plane([[0.6, 0.8]])[0].tolist() == [[0, 0]]
 
 
 def test_answers_in_one_place_stand_side_by_side_and_the_others_stay():
     points = np.array([[0.0, 0], [1, 1], [0, 0], [0, 0]])
-    moved = report.side_by_side(points)
+    moved = pictures.side_by_side(points)
     assert (moved[:2] == points[:2]).all() and len(np.unique(moved, axis=0)) == 4
     assert np.abs(moved - points).max() < 0.1
-    assert len(np.unique(report.side_by_side(np.zeros((15, 2))), axis=0)) == 15
+    assert len(np.unique(pictures.side_by_side(np.zeros((15, 2))), axis=0)) == 15
 
 
 def test_cosine_distances_by_brute_force():
@@ -431,18 +432,18 @@ def test_cosine_distances_by_brute_force():
             for j, b in enumerate(row["embeddings"][:i]):
                 pairs[row["labels"][i] == row["labels"][j]].append(1 - np.dot(a, b))
     different, same = np.mean(pairs[False]), np.mean(pairs[True])
-    assert report.cosine_distances(rows) == f"{different:.2f} in different clusters, {same:.2f} in the same cluster"
-    assert report.cosine_distances([group_row(2)]).endswith("in different clusters")
-    assert report.cosine_distances([group_row(3, labels=[0] * 3)]).endswith("in the same cluster")
+    assert pictures.cosine_distances(rows) == f"{different:.2f} in different clusters, {same:.2f} in the same cluster"
+    assert pictures.cosine_distances([group_row(2)]).endswith("in different clusters")
+    assert pictures.cosine_distances([group_row(3, labels=[0] * 3)]).endswith("in the same cluster")
 
 
 def test_a_cluster_speaks_by_its_most_central_answer():
     texts = ["a", "x<think> b\nc </think>\\boxed{1}", "c", "<think>cut off", "d"]
     row = dict(embeddings=[[0.0], [1], [2.5], [1.2], [9]], texts=texts)  # the first three have their mean at 1.17
-    assert report.central_reasoning(row, np.array([1, 1, 1, 0, 0], bool)) == " b\nc "
-    assert report.central_reasoning(row, np.array([0, 0, 1, 0, 0], bool)) == "c"
-    assert report.central_reasoning(row, np.array([0, 0, 0, 1, 0], bool)) == "cut off"
-    assert report.central_reasoning(row, np.array([1, 1, 0, 0, 0], bool)) == "a"  # not the one nearer to all answers
+    assert pictures.central_reasoning(row, np.array([1, 1, 1, 0, 0], bool)) == " b\nc "
+    assert pictures.central_reasoning(row, np.array([0, 0, 1, 0, 0], bool)) == "c"
+    assert pictures.central_reasoning(row, np.array([0, 0, 0, 1, 0], bool)) == "cut off"
+    assert pictures.central_reasoning(row, np.array([1, 1, 0, 0, 0], bool)) == "a"  # not the one nearer to all answers
 
 
 @pytest.mark.parametrize("rows", [
@@ -455,16 +456,16 @@ def test_a_cluster_speaks_by_its_most_central_answer():
 @pytest.mark.filterwarnings("error")
 def test_clusters_of_odd_groups(tmp_path, rows):
     run = write_rows(tmp_path, "clusters.jsonl", rows)
-    assert report.clusters(run) == run / "clusters.png"
+    assert pictures.clusters(run) == run / "clusters.png"
     assert_png(run / "clusters.png")
-    report.clusters(run, {rows[0]["id"]: Image.new("L", (30, 90))})
+    pictures.clusters(run, {rows[0]["id"]: Image.new("L", (30, 90))})
     assert_png(run / "clusters.png")
 
 
 def test_every_answer_has_its_mark_filled_if_right_in_the_colour_of_its_cluster():
     row = group_row(9)
-    axis, key_axis = report.Figure().subplots(1, 2)
-    report.draw_clusters(row, axis, key_axis)
+    axis, key_axis = pictures.Figure().subplots(1, 2)
+    pictures.draw_clusters(row, axis, key_axis)
     colours = [matplotlib.colors.to_rgba(colour) for colour in list(report.PALETTE.values())[:2]]
     marks = [(mark.get_facecolor(), mark.get_edgecolor(), len(mark.get_offsets())) for mark in axis.collections]
     white = (1, 1, 1, 1)
@@ -472,10 +473,10 @@ def test_every_answer_has_its_mark_filled_if_right_in_the_colour_of_its_cluster(
         assert tuple(edge[0]) == colours[label] and tuple(face[0]) == (colours[label] if right else white)
         assert count == sum(a == right and b == label for a, b in zip(row["accuracy"], row["labels"]))
     assert [text.get_text().split("\n")[0] for text in key_axis.texts] == ["2 of 5 right", "1 of 4 right"]
-    report.draw_clusters(group_row(2, embeddings=[[0.6, 0.8]] * 2), axis, key_axis)
+    pictures.draw_clusters(group_row(2, embeddings=[[0.6, 0.8]] * 2), axis, key_axis)
     assert axis.get_xlabel() == "all the same"
-    axis, key_axis = report.Figure().subplots(1, 2)
-    report.draw_clusters(group_row(12, labels=list(range(12))), axis, key_axis)  # more clusters than colours
+    axis, key_axis = pictures.Figure().subplots(1, 2)
+    pictures.draw_clusters(group_row(12, labels=list(range(12))), axis, key_axis)  # more clusters than colours
     assert len(key_axis.texts) == sum(len(mark.get_offsets()) for mark in axis.collections) == 12
 
 
@@ -505,7 +506,7 @@ def test_finish_of_a_plain_run_is_its_page(tmp_path):
 
 def test_pictures_of_the_last_step_need_their_rows(tmp_path):
     make_run(tmp_path, steps_of([1]))
-    for draw, name in ((report.signals, "signals"), (report.tokens, "signals"), (report.clusters, "clusters")):
+    for draw, name in ((pictures.signals, "signals"), (report.tokens, "signals"), (pictures.clusters, "clusters")):
         with pytest.raises(UserError, match=f"{name}.jsonl: no such file"):
             draw(tmp_path)
         (tmp_path / f"{name}.jsonl").write_text("\n")
@@ -571,9 +572,11 @@ def test_a_page_drawn_later_has_the_pictures_too(tmp_path):
 
 
 def test_as_a_script_it_finds_common_in_the_folder_above(tmp_path):
-    (tmp_path / "lab").mkdir()
-    shutil.copy(report.__file__, tmp_path / "lab")
-    (tmp_path / "common.py").write_text("class UserError(Exception):\n    pass\n")  # a stub: torch takes long to import
+    shutil.copytree(Path(report.__file__).parent, tmp_path / "lab")
+    (tmp_path / "harness").mkdir()  # two stubs: torch takes long to import
+    (tmp_path / "harness/flags.py").write_text(
+        "from argparse import ArgumentParser as Parser\n\n\nclass UserError(Exception):\n    pass\n")
+    (tmp_path / "common.py").write_text("load_problems = None\n")
     command = [sys.executable, str(Path("lab", "report.py")), "nowhere"]
     run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert run.returncode == 2 and run.stderr.splitlines()[-1].startswith("error: nowhere")
@@ -581,8 +584,8 @@ def test_as_a_script_it_finds_common_in_the_folder_above(tmp_path):
 
 def test_dots_are_full_where_training_ended(tmp_path, monkeypatch):
     """A dot to each interval, at its mean; hollow but for the last, and for a model that was measured only before."""
-    figures, plain = [], report.save
-    monkeypatch.setattr(report, "save", lambda figure, path: figures.append(figure) or plain(figure, path))
+    figures, plain = [], pictures.save
+    monkeypatch.setattr(pictures, "save", lambda figure, path: figures.append(figure) or plain(figure, path))
     lines = [("base", "red", [(0.4, 0.3, 0.5)]), ("trained", "blue", [(0.5, 0.4, 0.6), (1.0, 0.9, 1.0)])]
     assert_png(report.dots([("pass@1", "%", lines), ("entropy", "", lines)], tmp_path / "dots.png", "a", "b"))
     for axis in figures[0].axes:

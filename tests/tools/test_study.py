@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import eval_passk
-from common import UserError
+from harness.flags import UserError
 from lab import study
 
 SCRIPT = """
@@ -86,6 +86,8 @@ def bench(tmp_path, monkeypatch):
     monkeypatch.setattr(study, "RUNS", {name: spec._replace(script="fake.py") for name, spec in study.RUNS.items()})
     real = study.Bench.command
     monkeypatch.setattr(study.Bench, "command", lambda self, *run: ("fake.py", real(self, *run)[1]))
+    cores = study.usable_cores()
+    monkeypatch.setattr(study, "usable_cores", lambda: (cores * 2)[:2])  # trap: one core; if need be two runs share it
     return study.Bench(tmp_path / "runs", quick=False, jobs=2)
 
 
@@ -151,7 +153,7 @@ def test_a_study_that_is_stopped_stops_its_runs(bench, monkeypatch):
             signal.raise_signal(signal.SIGTERM)
         return plain(futures, *args)
     monkeypatch.setattr(study.concurrent.futures, "wait", wait)
-    monkeypatch.setattr(study.toy, "build", lambda name: None)
+    monkeypatch.setattr(study, "build", lambda name: None)
     monkeypatch.setattr(study, "Bench", lambda *args: bench)
     before = signal.getsignal(signal.SIGTERM)
     try:
