@@ -509,7 +509,7 @@ def forced(policy: Policy, processor: Processor, problems: Iterable[dict], texts
 
 @dataclasses.dataclass
 class Reading:
-    """A model, and the pictures it is shown where they are not the rollout's own (one (patches, D) for each problem)."""
+    """A model, and the pictures it is shown where they are not the rollout's own: one (patches, D) for each problem."""
 
     policy: Policy
     pixels: list | None = None

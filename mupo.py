@@ -305,8 +305,8 @@ def main(args):
             seed = generator(args.seed, step, problem["id"], "clusters").initial_seed()
             labels_PG.append(partition(embeddings_GD, args.clusters, args.min_cluster, seed))
         diversity_PG = torch.stack([diversity(*pair) for pair in zip(embeddings_PGD, labels_PG, strict=True)])
-        weight = diversity_weight(step, args.max_steps, args.diversity_weight, args.min_diversity_weight)
-        rewards_PG = plain_PG + weight * rollout.score(is_right) * diversity_PG.to(run.device)
+        bonus = diversity_weight(step, args.max_steps, args.diversity_weight, args.min_diversity_weight)
+        rewards_PG = plain_PG + bonus * rollout.score(is_right) * diversity_PG.to(run.device)
 
         # --- credit: how much of it does each token carry? ------------------------------------------------------------
         advantages_PG = torch.stack([  # each answer competes with those of its own cluster only
@@ -343,7 +343,7 @@ def main(args):
             format=run.mean(format_PG), frac_reward_zero_std=run.mean((advantages_PG == 0).all(1).float()),
             learning_rate=learning_rate(step, args), **rollout.metrics(run),
         )
-        metrics["diversity_weight"] = weight
+        metrics["diversity_weight"] = bonus
         metrics |= record_clusters(
             run, rollout, embeddings_PGD, labels_PG, accuracy_PG=accuracy_PG, plain_PG=plain_PG, rewards_PG=rewards_PG)
         if reference is not None:

@@ -68,7 +68,7 @@ class Rollout:
         for name in ("group_B", "tokens_BT", "mask_BT", "logp_BT", "entropy_BT", "finished_B"):
             column = getattr(self, name)
             parts[name] = column[index_b.to(column.device)]
-        places = torch.arange(len(self))[index_b.cpu()]  # a mask of answers, too, becomes places  # trap: regrouped subset
+        places = torch.arange(len(self))[index_b.cpu()]  # also of a mask of answers  # trap: regrouped subset
         return dataclasses.replace(self, texts=[self.texts[b] for b in places.tolist()], **parts)
 
     @property

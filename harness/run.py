@@ -90,8 +90,8 @@ class Run:
             return
         shares = self.world * self.args.updates_per_step
         if self.args.prompts_per_step % shares:
-            raise UserError(f"--prompts_per_step {self.args.prompts_per_step} must be a multiple of {shares} here "
-                            f"({self.world} processes x {self.args.updates_per_step} updates)")
+            raise UserError(f"--prompts_per_step {self.args.prompts_per_step} must be a multiple of {shares}, which is "
+                            f"processes ({self.world}) x --updates_per_step ({self.args.updates_per_step})")
 
     def path(self, *names: str) -> str:
         """A path inside the run's folder."""
@@ -164,8 +164,8 @@ class Run:
         """UserError unless every process sees what the first one wrote to `path`."""
         blind = [rank for rank, sees in enumerate(self.gather(os.path.exists(path))) if not sees]
         if blind:  # trap: whose disk
-            raise UserError(f"--output_dir {self.folder}: process {blind[0]} does not see {path}, which process 0 does; "
-                            "name a folder on a disk that all nodes share")
+            raise UserError(f"--output_dir {self.folder}: process {blind[0]} does not see {path}, process 0 does; name a "
+                            "folder on a disk that all nodes share")
 
     # --- the loop ---
 

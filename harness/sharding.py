@@ -65,7 +65,7 @@ def clip_gradients(model: torch.nn.Module, most: float) -> float:
     """Scales the gradient down to the norm `most`. Returns the norm before. UserError where it is not finite."""
     total = torch.nn.utils.get_total_norm(weight.grad for weight in model.parameters() if weight.grad is not None)
     norm = float(total.full_tensor() if isinstance(total, DTensor) else total)
-    if not math.isfinite(norm):  # before anything is scaled: times NaN, every weight's would be NaN  # trap: false cause
+    if not math.isfinite(norm):  # before scaling, which would make every weight's NaN  # trap: false cause
         broken = [name for name, weight in model.named_parameters() if not is_finite(weight.grad)]
         where = f"first in {broken[0]}" if broken else "though every weight's is finite"
         raise UserError(f"the gradient has norm {norm}, {where}, and all losses were finite: it overflowed on its way "

@@ -56,7 +56,7 @@ def problems():
     return [
         dict(id=f"p{i}", images=[picture(*size, seed=10 * i + j) for j, size in enumerate(some)], problem=text,
              answer="1", verifier="digit")
-        for i, (some, text) in enumerate(zip(sizes, texts))
+        for i, (some, text) in enumerate(zip(sizes, texts, strict=True))
     ]
 
 

@@ -59,8 +59,10 @@ class Watch:
         plan = harness.updates.plan_updates(run, *args)
         padding = sum(len(update.batches) - update.real for update in plan)
         everyones = run.gather(padding)
+        real = run.gather([update.real for update in plan])
         if run.is_main:
             write_atomically(run.path("padding.json"), json.dumps(everyones))
+            write_atomically(run.path("real_passes.json"), json.dumps(real))
         return plan
 
     def clip_gradients(self, model, most):

@@ -4,11 +4,12 @@ import json
 import shutil
 
 import pytest
-
 from conftest import picture, run_script
 from drive import go, measure
 
 GOOD = dict(image="0.png", problem="What?", answer="5", verifier="digit")
+FEW = ("--prompts_per_step", 2, "--num_generations", 2, "--updates_per_step", 1)
+TOY = ("--dataset", "toy@train:4", "--eval_dataset", "none")
 
 
 @pytest.fixture
@@ -18,121 +19,165 @@ def data(tmp_path):
     (tmp_path / "broken.png").write_bytes(b"not a picture")
 
     def write(*rows):
-        (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        return tmp_path / "data.jsonl"
+        path = tmp_path / "data.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return path
+
     return write
 
 
-def refused(capsys, place, *flags, script="grpo"):
-    """The one line on stderr of a run that must end with status 2 before it has written anything."""
-    with pytest.raises(SystemExit) as caught:
-        go(script, "--output_dir", place, "--prompts_per_step", 2, "--num_generations", 2, "--updates_per_step", 1, *flags)
-    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
-    assert caught.value.code == 2 and len(lines) == 1 and not place.exists()
-    return lines[0]
+@pytest.fixture
+def refused(capsys, tmp_path):
+    """A function that gives the one line on stderr of a run that ends with status 2 before it has written anything."""
+    place = tmp_path / "out"
+
+    def line(*flags, script="grpo"):
+        with pytest.raises(SystemExit) as caught:
+            if script == "eval_passk":
+                measure("--output_dir", place, *flags)
+            elif script == "sft":
+                go(script, "--output_dir", place, *flags)
+            else:
+                go(script, "--output_dir", place, *FEW, *flags)
+        errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
+        assert caught.value.code == 2
+        assert len(errors) == 1
+        assert not place.exists()
+        return errors[0]
+
+    return line
+
+
+# --- data sets --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("change, says", [
-    ({"image": "nowhere.png"}, "nowhere.png"), ({"image": "broken.png"}, "cannot be opened"),
-    ({"answer": "\\frac{1}{", "verifier": "math"}, "cannot be graded"), ({"answer": ""}, "cannot be graded"),
-    ({"verifier": "guess"}, "guess"), ({"problem": ""}, "problem is empty"), ({"image": None}, "no picture"),
+    ({"image": "nowhere.png"}, "nowhere.png"),
+    ({"image": "broken.png"}, "cannot be opened"),
+    ({"image": None}, "no picture"),
+    ({"problem": ""}, "problem is empty"),
+    ({"answer": ""}, "cannot be graded"),
+    ({"answer": "\\frac{1}{", "verifier": "math"}, "cannot be graded"),
+    ({"verifier": "guess"}, "guess"),
 ])
-def test_bad_rows_name_the_row(capsys, tmp_path, folder, data, change, says):
+def test_bad_rows_name_the_row(refused, folder, data, change, says):
     path = data(GOOD, GOOD | change)
-    line = refused(capsys, tmp_path / "out", "--model", folder, "--dataset", path, "--eval_dataset", "none")
-    assert says in line and "row 1" in line and str(path) in line
+    line = refused("--model", folder, "--dataset", path, "--eval_dataset", "none")
+    assert says in line
+    assert "row 1" in line
+    assert str(path) in line
 
 
-def test_bad_data_sets(capsys, tmp_path, folder, data):
+def test_bad_held_out_problems_are_met_before_training_too(refused, folder, data):
+    path = data(GOOD, GOOD | {"answer": ""})
+    assert "row 1" in refused("--model", folder, "--dataset", "toy@train:4", "--eval_dataset", path)
+
+
+def test_bad_data_sets(refused, folder, data):
     def line(path, *flags):
-        return refused(capsys, tmp_path / "out", "--model", folder, "--dataset", path, "--eval_dataset", "none", *flags)
+        return refused("--model", folder, "--dataset", path, "--eval_dataset", "none", *flags)
+
     assert "no column for answer" in line(data({"image": "0.png", "problem": "What?"}))
-    assert "0 rows" in line(data()) or "cannot be loaded" in line(data())
+    assert "cannot be loaded" in line(data())
     assert "has 1 problems" in line(data(GOOD))
-    assert "has no split dev" in line("toy@dev") and "no such file" in line("some/where.jsonl")
-    assert "--max_prompt_length 20" in line(data(GOOD, GOOD), "--max_prompt_length", 20)
+    assert "has no split dev" in line("toy@dev")
+    assert "no such file" in line("some/where.jsonl")
+    assert "over --max_prompt_length 20" in line(data(GOOD, GOOD), "--max_prompt_length", 20)
 
 
-def test_places_that_cannot_be_written(capsys, tmp_path, folder, data):
-    """Known before the teacher samples; and nothing to measure is no table of nothing."""
-    teach = "--model", folder, "--teacher", folder, "--dataset", "toy@train:4", "--eval_dataset", "none"
-    with pytest.raises(SystemExit) as caught:
-        go("sft", *teach, "--output_dir", tmp_path / "out", "--traces", data(GOOD) / "traces.jsonl")
-    said = capsys.readouterr().err
-    assert caught.value.code == 2 and f"error: --traces {tmp_path}/data.jsonl: cannot write" in said
-    assert not (tmp_path / "out").exists()
-    for names in ("none", "toy@test:2,none"):
-        with pytest.raises(SystemExit) as caught:
-            measure("--model", folder, "--dataset", names, "--output_dir", tmp_path / "out")
-        assert caught.value.code == 2 and f"error: --dataset {names}: there is nothing" in capsys.readouterr().err
-        assert not (tmp_path / "out").exists()
-
-
-def test_bad_flags(capsys, tmp_path, folder):
-    def line(*flags, script="grpo"):
-        return refused(capsys, tmp_path / "out", *flags, script=script)
-    assert "at least 2 answers" in line("--model", folder, "--num_generations", 1)
-    assert "no folder or name of a model" in line("--model", "nobody/nothing", "--dataset", "toy@train:4", "--eval_dataset", "none")
-    assert "must be a multiple of 3" in line("--model", folder, "--updates_per_step", 3)
-    assert "must be at least 1" in line("--max_steps", -1)
-    assert "unrecognized arguments: --learnrate" in line("--learnrate", 1)
-    assert "invalid float" in line("--learning_rate", "fast")
-    assert "--report_to nothing" in line("--report_to", "nothing")
-    assert "must be above 0" in line("--temperature", 0)
-    assert "cannot fill" in line("--num_generations", 5, script="mupo")
-    assert "must be above 0" in line("--temperature", "nan") and "--keep" in line("--keep", 0, script="vepo")
-
-
-def test_a_broken_model_folder(capsys, tmp_path, folder):
-    """No weights, half of them (an interrupted download), a config that is no json."""
-    flags = "--model", tmp_path / "model", "--dataset", "toy@train:4", "--eval_dataset", "none"
-    shutil.copytree(folder, tmp_path / "model")
-    weights = tmp_path / "model/model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:1000])
-    assert "can be loaded" in refused(capsys, tmp_path / "out", *flags)
-    weights.unlink()
-    assert "can be loaded" in refused(capsys, tmp_path / "out", *flags)
-    (tmp_path / "model/config.json").write_text("{")
-    assert "can be loaded" in refused(capsys, tmp_path / "out", *flags)
-
-
-def test_an_open_ended_problem_without_a_judge(capsys, tmp_path, folder, data):
+def test_an_open_ended_problem_without_a_judge(refused, folder, data):
     path = data(GOOD, GOOD | dict(verifier="open_ended", answer="a red car"))
-    flags = "--model", folder, "--dataset", path, "--eval_dataset", "none"
-    assert "graded by a judge" in refused(capsys, tmp_path / "out", *flags)
+    assert "graded by a judge" in refused("--model", folder, "--dataset", path, "--eval_dataset", "none")
 
 
-def test_a_model_of_another_kind(capsys, tmp_path, folder):
+@pytest.mark.parametrize("names", ["none", "toy@test:2,none"])
+def test_nothing_to_measure_is_no_table_of_nothing(refused, folder, names):
+    line = refused("--model", folder, "--dataset", names, script="eval_passk")
+    assert f"error: --dataset {names}: there is nothing" in line
+
+
+# --- models -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_name_of_no_model(refused):
+    assert "no folder or name of a model" in refused("--model", "nobody/nothing", *TOY)
+
+
+def test_a_broken_model_folder(refused, tmp_path, folder):
+    """Half of the weights (an interrupted download), none of them, a config that is no json."""
+    model = tmp_path / "model"
+    shutil.copytree(folder, model)
+    weights = model / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    assert "can be loaded" in refused("--model", model, *TOY)
+    weights.unlink()
+    assert "can be loaded" in refused("--model", model, *TOY)
+    (model / "config.json").write_text("{")
+    assert "can be loaded" in refused("--model", model, *TOY)
+
+
+def test_a_model_of_another_kind(refused, tmp_path):
     (tmp_path / "other").mkdir()
     (tmp_path / "other/config.json").write_text(json.dumps(dict(model_type="qwen2")))
-    assert "only Qwen2.5-VL" in refused(capsys, tmp_path / "out", "--model", tmp_path / "other", "--dataset", "toy@train:4",
-                              "--eval_dataset", "none")
+    assert "only Qwen2.5-VL" in refused("--model", tmp_path / "other", *TOY)
+
+
+# --- flags ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("script, flags, says", [
+    ("grpo", ("--num_generations", 1), "at least 2 answers"),
+    ("grpo", ("--updates_per_step", 3), "must be a multiple of 3"),
+    ("grpo", ("--max_steps", -1), "must be at least 1"),
+    ("grpo", ("--warmup_steps", -1), "must be at least 0"),
+    ("grpo", ("--max_steps", 1.5), "invalid whole_number value: '1.5'"),
+    ("grpo", ("--learnrate", 1), "unrecognized arguments: --learnrate"),
+    ("grpo", ("--learning_rat", 1), "unrecognized arguments: --learning_rat"),  # no abbreviations either
+    ("grpo", ("--learning_rate", "fast"), "invalid float"),
+    ("grpo", ("--lr_scheduler_type", "linear"), "invalid choice: 'linear'"),
+    ("grpo", ("--report_to", "nothing"), "--report_to nothing"),
+    ("grpo", ("--temperature", 0), "must be above 0"),
+    ("grpo", ("--temperature", "nan"), "must be above 0"),
+    ("mupo", ("--num_generations", 5), "cannot fill"),
+    ("vepo", ("--keep", 0), "--keep"),
+])
+def test_bad_flags(refused, folder, script, flags, says):
+    assert says in refused("--model", folder, *flags, script=script)
+
+
+# --- places -----------------------------------------------------------------------------------------------------------
 
 
 def test_no_place_for_the_output(capsys, tmp_path, folder):
     (tmp_path / "file").write_text("")
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit) as caught:
         go("grpo", "--model", folder, "--output_dir", tmp_path / "file" / "out")
-    assert "cannot write to" in capsys.readouterr().err
+    assert caught.value.code == 2
+    assert f"cannot write to {tmp_path / 'file'}" in capsys.readouterr().err
 
 
-def test_a_run_is_not_overwritten_and_not_resumed_with_other_flags(capsys, tmp_path, folder):
-    (tmp_path / "metrics.jsonl").write_text("")
-    (tmp_path / "args.json").write_text(json.dumps(dict(learning_rate=0.5)))
-    flags = "--model", folder, "--output_dir", tmp_path, "--prompts_per_step", 2, "--updates_per_step", 1, "--dataset", "toy@train:4"
-    with pytest.raises(SystemExit):
-        go("grpo", *flags)
-    assert "--resume" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        go("grpo", *flags, "--resume", "--eval_dataset", "none")
-    assert "this run began with --" in capsys.readouterr().err
+def test_no_place_for_the_traces_is_known_before_the_teacher_samples(refused, folder, data):
+    path = data(GOOD)
+    line = refused("--model", folder, "--teacher", folder, *TOY, "--traces", path / "traces.jsonl", script="sft")
+    assert f"error: --traces {path}: cannot write" in line
+
+
+# --- the shell --------------------------------------------------------------------------------------------------------
 
 
 def test_from_the_shell(tmp_path):
     """The status and the one line, as a shell sees them; no traceback."""
-    done = run_script("grpo.py", "--model", "nobody/nothing", "--dataset", "toy@train:4", "--prompts_per_step", 2,
-                      "--updates_per_step", 1, "--eval_dataset", "none", "--output_dir", tmp_path / "out")
-    assert done.returncode == 2 and "Traceback" not in done.stderr and not (tmp_path / "out").exists()
-    assert [line for line in done.stderr.splitlines() if line.startswith("error: model nobody/nothing")]
-    help_text = run_script("grpo.py", "--help")
-    assert help_text.returncode == 0 and "arXiv 2402.03300" in help_text.stdout
+    done = run_script("grpo.py", "--model", "nobody/nothing", *TOY, *FEW, "--output_dir", tmp_path / "out")
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "out").exists()
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: model nobody/nothing")]
+    assert len(errors) == 1
+
+
+def test_help_from_the_shell():
+    """The script's docstring, and its flags; nothing else is done."""
+    done = run_script("grpo.py", "--help")
+    assert done.returncode == 0
+    assert "arXiv 2402.03300" in done.stdout
+    assert "--learning_rate" in done.stdout

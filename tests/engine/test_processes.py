@@ -3,10 +3,10 @@
 import textwrap
 from datetime import timedelta
 
+import harness.run
+
 import pytest
 from conftest import run_script
-
-import harness.run
 
 START = """
 import argparse, os, sys
@@ -30,25 +30,25 @@ def processes(tmp_path, body):
 
 def test_trap_collective_timeout(tmp_path):
     """The processes wait for each other as long as TIMEOUT says, and that is hours, not the usual minutes."""
-    assert harness.run.TIMEOUT >= timedelta(hours=2)
+    assert timedelta(hours=2) <= harness.run.TIMEOUT
     done = processes(tmp_path, """
         import time
-        harness.run.TIMEOUT = harness.run.timedelta(seconds=4)
+        harness.run.TIMEOUT = harness.run.timedelta(seconds=3)
         run = Run(args("run"))
         began = time.monotonic()
         if run.rank == 1:
-            time.sleep(20)
+            time.sleep(12)
             sys.exit(0)
         try:
             run.gather(1)
         except Exception as error:
-            print("gave up", 2 < time.monotonic() - began < 15, flush=True)
+            print("gave up", 2 < time.monotonic() - began < 10, flush=True)
             os._exit(0)
     """)
     assert "gave up True" in done.stdout, done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("leftover", ["nothing", "args.json", "checkpoint-2"])
+@pytest.mark.parametrize("leftover", ["args.json", "checkpoint-2"])
 def test_trap_whose_disk(tmp_path, leftover):
     """A folder that only the first process sees is met at the start, whatever another node has on a disk of its own."""
     done = processes(tmp_path, f"""

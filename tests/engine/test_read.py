@@ -2,35 +2,45 @@
 
 import copy
 
+import common
+from common import completion_logits, positions_of, read, token_entropy, token_logps
+from harness.updates import micro_batches
+
 import pytest
 import torch
+from references import draw, plain_logits, plain_logits_of
 
-import common
-from common import completion_logits, micro_batches, read, token_entropy, token_logps
-from test_sample import both, draw, plain_logits
+
+def logps_and_entropies(logits_NV, tokens_N):
+    return token_logps(logits_NV, tokens_N), token_entropy(logits_NV)
 
 
 def gradient(policy, rollout, batches, weights_BT):
-    """The gradient of Σ weight·log p, one backward pass per batch, as one vector."""
+    """The gradient of Σ weight·log p, one backward pass for each batch, as one vector."""
     policy.zero_grad()
     for index_b in batches:
-        (read(token_logps, rollout[index_b], policy) * weights_BT[index_b]).sum().backward()
-    return torch.cat([p.grad.flatten() for p in policy.parameters()])
+        logp_bT = read(token_logps, rollout[index_b], policy)
+        (logp_bT * weights_BT[index_b]).sum().backward()
+    return torch.cat([weight.grad.flatten() for weight in policy.parameters()])
 
 
-def everyone(rollout, micro_batch_size):
-    every = torch.arange(len(rollout))
-    return micro_batches(rollout, every, every, micro_batch_size)
+def in_batches_of(size, rollout):
+    """All answers, at most `size` of them to a forward pass."""
+    return micro_batches(rollout, range(len(rollout)), size)
+
+
+# --- packed rows against the plain forward pass -----------------------------------------------------------------------
 
 
 def test_trap_mrope(policy, processor, problems):
-    """A packed row gives the log-probs of the plain forward pass, which has 3-D positions from mm_token_type_ids."""
+    """A packed row gives the logits of the plain forward pass, which has 3-D positions from mm_token_type_ids."""
     rollout = draw(policy, processor, problems, temperature=1.0)
     logits_BTV = completion_logits(policy, rollout).detach()
-    for b, expected in enumerate(plain_logits(policy, processor, problems, rollout)):
+    for b, expected in enumerate(plain_logits(policy, processor, rollout)):
         assert (logits_BTV[b, :len(expected)] - expected).abs().max() < 1e-4
-    positions_3S, first = rollout.prompts.positions(3, policy)
-    assert (positions_3S[1] != positions_3S[2]).any()  # height and width differ inside a picture: not 1-D
+    positions_3S, first = positions_of(policy, rollout.prompts, 3)
+    height, width = positions_3S[1], positions_3S[2]
+    assert (height != width).any()  # they differ inside a picture, so the positions are not 1-D
     assert first < positions_3S.shape[1]  # a picture of 4x4 tokens takes 4 positions, not 16
 
 
@@ -39,88 +49,10 @@ def test_trap_left_padding(policy, processor, problems):
     together = draw(policy, processor, problems)
     for p in range(len(problems)):
         alone = draw(policy, processor, problems[p:p + 1])
-        assert alone.texts == together.texts[3 * p:3 * p + 3]
-        own = torch.arange(3 * p, 3 * p + 3)
+        own = slice(3 * p, 3 * p + 3)
         T = alone.mask_BT.shape[1]
+        assert alone.texts == together.texts[own]
         assert (alone.logp_BT - together.logp_BT[own, :T]).abs().max() < 1e-4
-
-
-@pytest.mark.parametrize("size", [1, 2, 3, 4, 7, 100])
-def test_trap_normaliser(policy, processor, problems, size):
-    """Loss and gradient do not depend on how answers are packed: one pass or fifteen, groups whole or in slices."""
-    rollout = draw(policy, processor, problems)
-    weights_BT = rollout.mask_BT * torch.linspace(-1, 1, len(rollout))[:, None] / rollout.mask_BT.sum()
-    whole = gradient(policy, rollout, [torch.arange(len(rollout))], weights_BT)
-    batches = everyone(rollout, size)
-    assert sorted(torch.cat(batches).tolist()) == list(range(len(rollout))) and max(map(len, batches)) <= size
-    assert (gradient(policy, rollout, batches, weights_BT) - whole).norm() < 1e-4 * whole.norm()
-    with torch.no_grad():
-        by_batches = read(token_logps, rollout, policy, batches=batches)
-        assert (by_batches - read(token_logps, rollout, policy)).abs().max() < 1e-5
-
-
-def test_micro_batches_only_the_live_and_never_none(policy, processor, problems):
-    rollout = draw(policy, processor, problems)
-    every, none = torch.arange(len(rollout)), torch.tensor([], dtype=torch.long)
-    live = torch.tensor([3, 4, 5, 9, 10, 11])
-    assert sorted(torch.cat(micro_batches(rollout, live, every, 4)).tolist()) == live.tolist()
-    assert [batch.tolist() for batch in micro_batches(rollout, none, every, 4)] == [[0]]
-
-
-def test_gradient_against_the_plain_forward_pass(policy, processor, problems):
-    """Packed rows and recomputed chunks against policy.forward and autograd: gradients equal to 1e-5 relative."""
-    rollout = draw(policy, processor, problems[:3], G=2, temperature=1.0)
-    ours = gradient(policy, rollout, everyone(rollout, 4), rollout.mask_BT)
-    policy.zero_grad()
-    for b in range(len(rollout)):
-        logits = plain_logits.__wrapped__(policy, processor, problems, rollout[torch.tensor([b])])[0]
-        n = len(logits)
-        logits.log_softmax(1).gather(1, rollout.tokens_BT[b, :n, None]).sum().backward()
-    plain = torch.cat([p.grad.flatten() for p in policy.parameters()])
-    assert (ours - plain).norm() < 1e-5 * plain.norm()
-
-
-def test_gradient_against_finite_differences(policy, processor, problems):
-    """Along the gradient, turned a little at random: nothing in the chain is detached that should not be."""
-    rollout, policy = draw(policy, processor, problems[:2], G=2), copy.deepcopy(policy)
-    analytic = gradient(policy, rollout, everyone(rollout, 2), rollout.mask_BT)
-    random = torch.randn(analytic.shape, generator=torch.Generator().manual_seed(0))
-    direction = analytic / analytic.norm() + random / random.norm()
-    values = []
-    for step in (2e-3, -4e-3):
-        offset = 0
-        for p in policy.parameters():
-            p.data += step * direction[offset:offset + p.numel()].view_as(p)
-            offset += p.numel()
-        with torch.no_grad():
-            values.append(float(read(token_logps, rollout, policy).double().sum()))
-    assert (values[0] - values[1]) / 4e-3 == pytest.approx(float(analytic @ direction), rel=1e-2)
-
-
-def test_chunks_do_not_change_the_result(policy, processor, problems, monkeypatch):
-    rollout = draw(policy, processor, problems)
-    whole = read(both, rollout, policy)
-    monkeypatch.setattr(common, "LOGITS", 7 * policy.vocabulary)
-    for one, other in zip(whole, read(both, rollout, policy)):
-        assert (one - other).abs().max() < 1e-5
-
-
-def test_reading_with_and_without_grad_is_bitwise_equal(policy, processor, problems):
-    rollout = draw(policy, processor, problems)
-    with torch.no_grad():
-        quiet = read(token_logps, rollout, policy)
-    assert (read(token_logps, rollout, policy) == quiet).all()
-
-
-def test_two_readings_meet_position_by_position(policy, processor, problems):
-    """fn gets the logits of both models for the same token, in the order of the readings."""
-    rollout = draw(policy, processor, problems)
-    other = [torch.zeros_like(pixels) for pixels in rollout.prompts.pixels]
-    blind = common.Reading(policy, other)
-    one, two = read(token_logps, rollout, policy), read(token_logps, rollout, blind)
-    pair = read(lambda a_NV, b_NV, tokens_N: (token_logps(a_NV, tokens_N), token_logps(b_NV, tokens_N)),
-                rollout, policy, blind)
-    assert (pair[0] == one).all() and (pair[1] == two).all() and (one != two).any()
 
 
 def test_trap_masks(policy, processor, problems):
@@ -128,12 +60,131 @@ def test_trap_masks(policy, processor, problems):
     rollout = draw(policy, processor, problems)
     rollout.mask_BT = rollout.mask_BT.clone()
     for b in range(len(rollout)):
-        rollout.mask_BT[b, 1 + 2 * (b % 7):] = 0
+        length = 1 + 2 * (b % 7)
+        rollout.mask_BT[b, length:] = 0
     logp_BT = read(token_logps, rollout, policy)
-    assert logp_BT.isfinite().all() and (logp_BT * (1 - rollout.mask_BT) == 0).all()
+    assert logp_BT.isfinite().all()
     assert ((logp_BT != 0) == rollout.mask_BT.bool()).all()
     logp_BT.sum().backward()
-    assert all(p.grad.isfinite().all() for p in policy.parameters())
+    assert all(weight.grad.isfinite().all() for weight in policy.parameters())
+
+
+# --- gradients --------------------------------------------------------------------------------------------------------
+
+
+def test_gradient_against_the_plain_forward_pass(policy, processor, problems):
+    """Packed rows and recomputed chunks against policy.forward and autograd: gradients equal to 1e-5 relative."""
+    rollout = draw(policy, processor, problems[:3], G=2, temperature=1.0)
+    ours = gradient(policy, rollout, in_batches_of(4, rollout), rollout.mask_BT)
+    policy.zero_grad()
+    for b in range(len(rollout)):
+        logits_TV = plain_logits_of(policy, processor, rollout, b)
+        tokens_T = rollout.tokens_BT[b, :len(logits_TV)]
+        logits_TV.log_softmax(1).gather(1, tokens_T[:, None]).sum().backward()
+    plain = torch.cat([weight.grad.flatten() for weight in policy.parameters()])
+    assert (ours - plain).norm() < 1e-5 * plain.norm()
+
+
+def test_gradient_against_finite_differences(policy, processor, problems):
+    """Along the gradient, turned a little at random: nothing in the chain is detached that should not be."""
+    rollout = draw(policy, processor, problems[:2], G=2)
+    policy = copy.deepcopy(policy)
+    slope = gradient(policy, rollout, in_batches_of(2, rollout), rollout.mask_BT)
+    random = torch.randn(slope.shape, generator=torch.Generator().manual_seed(0))
+    direction = slope / slope.norm() + random / random.norm()
+
+    def value_after(step):
+        """Σ log p after a move by `step` along the direction."""
+        offset = 0
+        for weight in policy.parameters():
+            part = direction[offset:offset + weight.numel()]
+            weight.data += step * part.view_as(weight)
+            offset += weight.numel()
+        with torch.no_grad():
+            return float(read(token_logps, rollout, policy).double().sum())
+
+    above = value_after(2e-3)
+    below = value_after(-4e-3)
+    assert (above - below) / 4e-3 == pytest.approx(float(slope @ direction), rel=1e-2)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 7, 100])
+def test_trap_normaliser(policy, processor, problems, size):
+    """Loss and gradient do not depend on how answers are packed: one pass or fifteen, groups whole or in slices."""
+    rollout = draw(policy, processor, problems)
+    scale_B = torch.linspace(-1, 1, len(rollout))
+    weights_BT = rollout.mask_BT * scale_B[:, None] / rollout.mask_BT.sum()
+    whole = gradient(policy, rollout, [torch.arange(len(rollout))], weights_BT)
+    batches = in_batches_of(size, rollout)
+    assert sorted(torch.cat(batches).tolist()) == list(range(len(rollout)))
+    assert max(len(batch) for batch in batches) <= size
+    assert (gradient(policy, rollout, batches, weights_BT) - whole).norm() < 1e-4 * whole.norm()
+    with torch.no_grad():
+        by_batches_BT = read(token_logps, rollout, policy, batches=batches)
+        at_once_BT = read(token_logps, rollout, policy)
+    assert (by_batches_BT - at_once_BT).abs().max() < 1e-5
+
+
+def test_chunks_do_not_change_the_result(policy, processor, problems, monkeypatch):
+    rollout = draw(policy, processor, problems)
+    whole = read(logps_and_entropies, rollout, policy)
+    monkeypatch.setattr(common, "LOGITS", 7 * policy.vocabulary)  # seven positions at a time
+    in_chunks = read(logps_and_entropies, rollout, policy)
+    for one_BT, other_BT in zip(whole, in_chunks, strict=True):
+        assert (one_BT - other_BT).abs().max() < 1e-5
+
+
+def test_logits_exist_for_one_chunk_of_positions_only(policy, processor, problems, monkeypatch):
+    """fn never meets more positions than common.LOGITS allows: (B, T, V) would not fit at V = 152k."""
+    rollout = draw(policy, processor, problems)
+    monkeypatch.setattr(common, "LOGITS", 7 * policy.vocabulary)
+    met = []
+
+    def watched(logits_NV, tokens_N):
+        met.append(len(logits_NV))
+        return token_logps(logits_NV, tokens_N)
+
+    with torch.no_grad():
+        read(watched, rollout, policy)
+    assert max(met) == 7
+    assert sum(met) == int(rollout.mask_BT.sum())
+
+
+def test_reading_with_and_without_grad_is_bitwise_equal(policy, processor, problems):
+    rollout = draw(policy, processor, problems)
+    with torch.no_grad():
+        without_BT = read(token_logps, rollout, policy)
+    assert (read(token_logps, rollout, policy) == without_BT).all()
+
+
+# --- two readings, and what is made of logits -------------------------------------------------------------------------
+
+
+def test_two_readings_meet_position_by_position(policy, processor, problems):
+    """fn gets the logits of both readings for the same token, in the order in which they are given."""
+    rollout = draw(policy, processor, problems)
+    blank_pictures = [torch.zeros_like(pixels) for pixels in rollout.prompts.pixels]
+    blind = common.Reading(policy, blank_pictures)
+
+    def of_both(seeing_NV, blind_NV, tokens_N):
+        return token_logps(seeing_NV, tokens_N), token_logps(blind_NV, tokens_N)
+
+    seeing_BT, blind_BT = read(of_both, rollout, policy, blind)
+    assert (seeing_BT == read(token_logps, rollout, policy)).all()
+    assert (blind_BT == read(token_logps, rollout, blind)).all()
+    assert (seeing_BT != blind_BT).any()
+
+
+def test_trap_image_rows(policy, processor, problems):
+    """Another picture for one problem changes that problem's log-probs and no other's."""
+    rollout = draw(policy, processor, problems)
+    before_BT = read(token_logps, rollout, policy)
+    for p in range(len(problems)):
+        pixels = list(rollout.prompts.pixels)
+        pixels[p] = torch.randn(pixels[p].shape, generator=torch.Generator().manual_seed(p))
+        after_BT = read(token_logps, rollout, common.Reading(policy, pixels))
+        changed_B = ((after_BT - before_BT).abs() > 1e-4).any(1)
+        assert set(rollout.group_B[changed_B].tolist()) == {p}
 
 
 def test_trap_entropy():
@@ -145,12 +196,3 @@ def test_trap_entropy():
     assert token_entropy(torch.tensor([[0.0, -1e9, -1e9]])).item() == 0.0
     tokens_N = torch.arange(50) % 11
     assert torch.allclose(token_logps(logits_NV, tokens_N), p_NV.log()[torch.arange(50), tokens_N])
-
-
-def test_entropy_memory_is_a_chunks(policy, processor, problems, monkeypatch):
-    """No tensor of the reading holds more than a chunk of logits: (B, T, V) never exists."""
-    rollout = draw(policy, processor, problems)
-    largest = []
-    monkeypatch.setattr(common, "LOGITS", 16 * policy.vocabulary)
-    read(lambda logits_NV, tokens_N: largest.append(logits_NV.shape) or token_entropy(logits_NV), rollout, policy)
-    assert max(rows for rows, _ in largest) == 16 and sum(rows for rows, _ in largest) == rollout.mask_BT.sum()

@@ -272,18 +272,20 @@ def test_every_trap_has_its_test_and_its_line(trap):
         assert f"trap: {trap}" in (ROOT / place).read_text(), f"{place} carries no `# trap: {trap}`"
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize("name", SCRIPTS + FORKS)
 def test_trap_busy_cores(name):
     """Threads that spin while others hold a core take three times as long. OpenMP reads how long to spin when torch is
-    loaded, so a script must have set it before."""
+    loaded, so a script must have said it by then."""
     code = (
         "import sys, os\n"
         "class Watch:\n"
         "    def find_spec(self, name, path=None, target=None):\n"
-        "        if name == 'torch': print('spins', os.environ.get('GOMP_SPINCOUNT'))\n"
+        "        if name == 'torch':\n"
+        "            print('spins', os.environ.get('GOMP_SPINCOUNT'), flush=True)\n"
+        "            os._exit(0)\n"
         "sys.meta_path.insert(0, Watch())\n"
-        f"import {name}\n"
+        f"import {name.replace('/', '.')}\n"
     )
     environment = {key: value for key, value in os.environ.items() if key not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.stdout.splitlines()[:1] == ["spins 10000"], done.stdout + done.stderr
+    assert done.stdout.splitlines() == ["spins 10000"], done.stdout + done.stderr

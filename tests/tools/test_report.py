@@ -10,16 +10,16 @@ import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
+import vepo
+from common import load_problems
+from harness.flags import UserError
+from lab import logs, pictures, report
+
 import matplotlib
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-
-import vepo
-from common import load_problems
-from harness.flags import UserError
-from lab import logs, pictures, report
 
 HOSTILE = ('<script>alert("1")</script><img src=x onerror=alert(1)>&amp; \' {title} $\\frac{1}$ \x00 \u202e 猫 '
            '</pre></body>')
@@ -72,7 +72,7 @@ def test_running_mean_is_the_mean_of_the_neighbours(count):
 def test_aggregate_is_numpys_mean_and_range_over_the_shared_steps():
     values = np.random.default_rng(0).normal(size=(3, 7))
     steps = [np.arange(7.0), np.arange(7.0), np.arange(5.0)]  # the third run stopped early
-    shared, mean, low, high = logs.aggregate([(step, row[: len(step)]) for step, row in zip(steps, values)])
+    shared, mean, low, high = logs.aggregate([(step, row[: len(step)]) for step, row in zip(steps, values, strict=True)])
     np.testing.assert_array_equal(shared, np.arange(5))
     np.testing.assert_allclose(mean, values[:, :5].mean(0))
     np.testing.assert_array_equal(low, values[:, :5].min(0))
@@ -469,9 +469,9 @@ def test_every_answer_has_its_mark_filled_if_right_in_the_colour_of_its_cluster(
     colours = [matplotlib.colors.to_rgba(colour) for colour in list(report.PALETTE.values())[:2]]
     marks = [(mark.get_facecolor(), mark.get_edgecolor(), len(mark.get_offsets())) for mark in axis.collections]
     white = (1, 1, 1, 1)
-    for (face, edge, count), (label, right) in zip(marks, [(0, 1), (0, 0), (1, 1), (1, 0)]):
+    for (face, edge, count), (label, right) in zip(marks, [(0, 1), (0, 0), (1, 1), (1, 0)], strict=True):
         assert tuple(edge[0]) == colours[label] and tuple(face[0]) == (colours[label] if right else white)
-        assert count == sum(a == right and b == label for a, b in zip(row["accuracy"], row["labels"]))
+        assert count == sum(a == right and b == label for a, b in zip(row["accuracy"], row["labels"], strict=True))
     assert [text.get_text().split("\n")[0] for text in key_axis.texts] == ["2 of 5 right", "1 of 4 right"]
     pictures.draw_clusters(group_row(2, embeddings=[[0.6, 0.8]] * 2), axis, key_axis)
     assert axis.get_xlabel() == "all the same"
@@ -559,7 +559,7 @@ def test_command_line_writes_the_page_of_one_run_and_the_overlay_of_several(tmp_
 def test_a_page_drawn_later_has_the_pictures_too(tmp_path):
     """Those of the last step's problems, from the run's data set; and if that is gone, a page without them."""
     problems = load_problems("toy@train:3")
-    rows = [sample(step, id=problem["id"]) for step, problem in zip((1, 2, 2), problems)]
+    rows = [sample(step, id=problem["id"]) for step, problem in zip((1, 2, 2), problems, strict=True)]
     run = make_run(tmp_path / "run", steps_of([1, 2, 3]), rows, dataset="toy@train:3")
     found = report.pictures_of(run)
     assert sorted(found) == sorted(problem["id"] for problem in problems)[1:]

@@ -4,12 +4,12 @@ import json
 import shutil
 import signal
 
-import numpy as np
-import pytest
-
 import eval_passk
 from harness.flags import UserError
 from lab import study
+
+import numpy as np
+import pytest
 
 SCRIPT = """
 import json, os, sys, time
@@ -134,7 +134,8 @@ def started(monkeypatch):
     return processes
 
 
-def test_a_run_that_fails_is_one_line_and_ends_the_others(bench, monkeypatch):
+def test_trap_one_core(bench, monkeypatch):
+    """A run that fails is one line and ends the others; on one core too, where a bench would else run them in turn."""
     processes = started(monkeypatch)
     monkeypatch.setenv("FAIL", "2")
     monkeypatch.setenv("WAIT", "13")
