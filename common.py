@@ -565,8 +565,8 @@ def check_finite(fn: Callable, value_N: torch.Tensor, part: Rollout, row_N: torc
         return
     n = int((~finite_N).nonzero()[0])
     problem = part.problems[int(row_N[n])]  # trap: false cause
-    raise UserError(f"{fn.__name__} is not finite at an answer to problem {problem['id']}: the model's weights, or this "
-                    "problem's picture, hold something that is not a number")
+    raise UserError(f"{fn.__name__} is not finite at an answer to problem {problem['id']}: the model's weights, or "
+                    "this problem's picture, hold something that is not a number")
 
 
 def pack(rollout: Rollout, reading: Reading) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
@@ -614,7 +614,8 @@ def packed_mask(owner_RL: torch.Tensor) -> torch.Tensor:
     L = owner_RL.shape[1]
     back_LL = torch.ones(L, L, dtype=torch.bool, device=owner_RL.device).tril()
     at_prompt = owner_RL[:, None, :] == 0
-    at_own = owner_RL[:, None, :] == owner_RL[:, :, None]  # padding sees padding: a row of nothing is NaN  # trap: masks
+    # Padding is an owner too and sees itself: a row that sees nothing would be NaN.  # trap: masks
+    at_own = owner_RL[:, None, :] == owner_RL[:, :, None]
     return (back_LL & (at_prompt | at_own))[:, None]
 
 

@@ -164,8 +164,8 @@ class Run:
         """UserError unless every process sees what the first one wrote to `path`."""
         blind = [rank for rank, sees in enumerate(self.gather(os.path.exists(path))) if not sees]
         if blind:  # trap: whose disk
-            raise UserError(f"--output_dir {self.folder}: process {blind[0]} does not see {path}, process 0 does; name a "
-                            "folder on a disk that all nodes share")
+            raise UserError(f"--output_dir {self.folder}: process {blind[0]} does not see {path}, process 0 does; "
+                            "name a folder on a disk that all nodes share")
 
     # --- the loop ---
 

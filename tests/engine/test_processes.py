@@ -16,8 +16,9 @@ import harness.run
 import torch
 
 def args(folder, resume=False):
-    return argparse.Namespace(output_dir=folder, resume=resume, report_to="none", script="grpo", model="toy", max_steps=3,
-                              prompts_per_step=4, updates_per_step=1, seed=1)
+    return argparse.Namespace(
+        output_dir=folder, resume=resume, report_to="none", script="grpo", model="toy", max_steps=3, prompts_per_step=4,
+        updates_per_step=1, seed=1)
 """
 
 

@@ -1,4 +1,4 @@
-"""The rules of the house that a machine can hold: arrows, plain lines, same name same source, layers of defaults, traps.
+"""The rules of the house that a machine can hold: arrows, plain lines, same name same source, defaults, traps.
 
 Scripts and forks are found by themselves: a new one is held to the rules without a change here.
 """
@@ -109,8 +109,8 @@ def test_functions_are_short_and_flat(path):
 
 def clever(node):
     """What makes a line hard to read aloud, or None."""
-    tuples = isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Tuple) and isinstance(node.value, ast.Tuple)
-    if tuples and len(node.value.elts) > 2:
+    assigns = isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Tuple)
+    if assigns and isinstance(node.value, ast.Tuple) and len(node.value.elts) > 2:
         return "several things in one assignment"
     if isinstance(node, ast.IfExp) and any(isinstance(child, ast.IfExp) for child in (node.body, node.orelse)):
         return "a conditional expression inside another"

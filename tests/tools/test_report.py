@@ -72,7 +72,8 @@ def test_running_mean_is_the_mean_of_the_neighbours(count):
 def test_aggregate_is_numpys_mean_and_range_over_the_shared_steps():
     values = np.random.default_rng(0).normal(size=(3, 7))
     steps = [np.arange(7.0), np.arange(7.0), np.arange(5.0)]  # the third run stopped early
-    shared, mean, low, high = logs.aggregate([(step, row[: len(step)]) for step, row in zip(steps, values, strict=True)])
+    pairs = [(step, row[: len(step)]) for step, row in zip(steps, values, strict=True)]
+    shared, mean, low, high = logs.aggregate(pairs)
     np.testing.assert_array_equal(shared, np.arange(5))
     np.testing.assert_allclose(mean, values[:, :5].mean(0))
     np.testing.assert_array_equal(low, values[:, :5].min(0))

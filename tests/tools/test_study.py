@@ -204,7 +204,9 @@ def test_stage1_says_what_differs(bench, tmp_path, monkeypatch):
     found = study.summary("stage1", table, bench, (1,))
     assert [step["value"][0] for step in found["contrasts"]] == [3.5] * 12  # the later less the earlier, each time
     assert found["learned_from"] == [dict(
-        seed=1, steps=dict(opd=3, sft=3, overtrained=3, forward=3, soft=3), tokens=dict(opd=300, sft=300, overtrained=300, forward=300, soft=300), answers=3, right=2, kept=1, problems=1)]
+        seed=1, steps=dict(opd=3, sft=3, overtrained=3, forward=3, soft=3),
+        tokens=dict(opd=300, sft=300, overtrained=300, forward=300, soft=300),
+        answers=3, right=2, kept=1, problems=1)]
     assert str(tmp_path) not in json.dumps(found) and "--teacher toy-teacher" in found["commands"]["sft"]
     text = study.show(found | dict(measures={}, claims=[]))
     assert text.count("\n  - ") == len(study.DIFFERENCES) > 4 and "from soft to sft: entropy +3.5000" in text
