@@ -1,14 +1,14 @@
 """The flags of a script: where each value comes from, and what an error looks like.
 
-A value is looked up in four places, the first that has it wins:
+A value is looked up in these places, and the first that has it wins:
 
     command line    what the user asked for
     tabletop        the script's TOY, only with a model of the tabletop
     paper           the script's RECIPE
+    script          the default of a flag of the script's own
     world           the tables below
 
-`python grpo.py --help` shows for every flag the value that this very command line would use, and which of the four it
-comes from.
+`python grpo.py --help` shows for every flag the value that this very command line would use, and where it comes from.
 """
 
 import argparse
@@ -146,16 +146,17 @@ def parse_args(
     for table in tables:
         for flag in table:
             add_flag(parser, flag)
-    flags(parser)
     parser.add_argument("-h", "--help", action="store_true", help="show this page")
-    defaults = {action.dest: action.default for action in parser._actions}
-    if "updates_per_step" not in defaults:
-        defaults["updates_per_step"] = 1
+    world = {action.dest: action.default for action in parser._actions}
+    world.setdefault("updates_per_step", 1)
+    flags(parser)
+    own = {action.dest: action.default for action in parser._actions if action.dest not in world}
     given = values_given(parser, argv)
 
-    values, sources = {}, {}
-    model = given.get("model", defaults["model"])
-    layers = {"world": defaults, "paper": recipe or {}, "tabletop": {}, "command line": given}
+    values = {}
+    sources = {}
+    model = given.get("model", world["model"])
+    layers = {"world": world, "script": own, "paper": recipe or {}, "tabletop": {}, "command line": given}
     if is_toy(model):
         layers["tabletop"] = toy or {}
     for source, layer in layers.items():

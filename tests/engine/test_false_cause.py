@@ -1,4 +1,4 @@
-"""What is not a number is called by its name: a reward, a log-prob, a loss, a gradient; and with it the problem, if any.
+"""What is not a number is called by its name: a reward, a log-prob, a loss, a gradient. So is the problem, if any.
 
 A NaN that is noticed late looks like a learning rate that is too high.
 """
@@ -56,9 +56,19 @@ def loss_with_an_endless_slope(logp_BT, old_logp_BT, advantage_BT, epsilon, epsi
 
 
 BROKEN = {
-    "reward": (drive, "even_length", nan_reward, ["the reward of an answer to problem toy-train-", "is nan", "nan_reward"]),
-    "advantage": (grpo, "group_advantages", nan_advantages, ["step 1: the loss is nan", "look at advantages, weights"]),
-    "gradient": (grpo, "policy_loss", loss_with_an_endless_slope, ["the gradient has norm nan", "all losses were finite"]),
+    # what is broken: (module, its function, what takes its place, what must be said)
+    "reward": (
+        drive, "even_length", nan_reward,
+        ["the reward of an answer to problem toy-train-", "is nan", "nan_reward"],
+    ),
+    "advantage": (
+        grpo, "group_advantages", nan_advantages,
+        ["step 1: the loss is nan", "look at advantages, weights"],
+    ),
+    "gradient": (
+        grpo, "policy_loss", loss_with_an_endless_slope,
+        ["the gradient has norm nan", "all losses were finite"],
+    ),
 }
 
 

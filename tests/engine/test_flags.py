@@ -30,7 +30,7 @@ def shown(script, capsys, *argv):
     found = {}
     for entry in re.split(r"\n  (?=--)", capsys.readouterr().out):
         name = re.match(r"--(\w+)", entry)
-        values = re.findall(r"\[([^\[\]]*), (command line|tabletop|paper|world)\]", " ".join(entry.split()))
+        values = re.findall(r"\[([^\[\]]*), (command line|tabletop|paper|script|world)\]", " ".join(entry.split()))
         if name and values:
             found[name.group(1)] = values[-1]
     return found
@@ -39,8 +39,8 @@ def shown(script, capsys, *argv):
 # --- where a value comes from -----------------------------------------------------------------------------------------
 
 
-def test_the_first_of_four_places_wins():
-    """command line > tabletop (only with a model of the tabletop) > paper > world."""
+def test_the_first_of_five_places_wins():
+    """command line > tabletop (only with a model of the tabletop) > paper > script > world."""
 
     def flags(parser):
         parser.add_argument("--own", type=float, default=0.5, help="a flag of the script's own")
@@ -107,7 +107,7 @@ def test_help_shows_the_tabletops_values(capsys):
     assert lines["dataset"] == ("toy@train", "tabletop")
     assert lines["train_vision"] == ("True", "tabletop")
     assert lines["temperature"] == ("1.0", "world")
-    assert lines["epsilon"] == ("0.2", "world")
+    assert lines["epsilon"] == ("0.2", "script")
     assert lines["model"] == ("toy", "world")
 
 
@@ -143,6 +143,7 @@ def test_help_is_true_for_every_flag_of_every_script(script, model, capsys):
     if script in ("sft", "opd", "eval_passk"):
         flags -= {"updates_per_step"}  # always 1 there, and no flag
     assert set(lines) == flags
+    world = {flag.name for table in settings_of(script)["tables"] for flag in table} | {"help"}
     recipe = settings_of(script)["recipe"]
     toy = settings_of(script)["toy"] if model == "toy" else {}
     for name, (value, source) in lines.items():
@@ -153,8 +154,10 @@ def test_help_is_true_for_every_flag_of_every_script(script, model, capsys):
             assert source == "tabletop"
         elif name in recipe:
             assert source == "paper"
-        else:
+        elif name in world:
             assert source == "world"
+        else:
+            assert source == "script"
 
 
 # --- errors -----------------------------------------------------------------------------------------------------------

@@ -249,7 +249,12 @@ def test_vlaa_thinking(tmp_path):
     rows = []
     for kind, gold in kinds.items():
         rows.append({
-            "image": "0.png", "question": "<image>Q", "gt": gold, "verifier_type": kind, "ds_answer": "", "caption": "c",
+            "image": "0.png",
+            "question": "<image>Q",
+            "gt": gold,
+            "verifier_type": kind,
+            "ds_answer": "",
+            "caption": "c",
         })
     spec = write_jsonl(tmp_path, [], "grpo.json")
     (tmp_path / "grpo.json").write_text(json.dumps(rows))

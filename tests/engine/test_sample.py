@@ -109,7 +109,9 @@ def test_inverse_cdf_against_the_definition():
         assert 0 < int(token) < 4
 
 
-@pytest.mark.parametrize("problems, generations, size", [(5, 3, 1), (5, 3, 3), (5, 3, 7), (2, 8, 5), (1, 1, 256), (0, 4, 8)])
+@pytest.mark.parametrize("problems, generations, size", [
+    (5, 3, 1), (5, 3, 3), (5, 3, 7), (2, 8, 5), (1, 1, 256), (0, 4, 8),
+])
 def test_waves_decode_every_answer_once(problems, generations, size):
     found = []
     for members, numbers in common.waves(problems, generations, size):
@@ -218,7 +220,7 @@ def gradients(policy, rollout):
 
 
 def test_trap_checkpointing_and_cache(policy, processor, problems):
-    """Gradient checkpointing switches the KV cache off in training mode; sampling must not feel it, nor leave it off."""
+    """Gradient checkpointing switches the KV cache off in training mode; sampling neither feels it nor ends it."""
     expected = draw(policy, processor, problems, temperature=0).texts
     policy.activation_checkpointing_enable()
     policy.train()
