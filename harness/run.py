@@ -16,6 +16,7 @@ import json
 import math
 import os
 import shutil
+import signal
 import sys
 import time
 import warnings
@@ -69,6 +70,8 @@ class Run:
         self.device = self.accelerator.device
         self.is_main = self.accelerator.is_main_process
         self.sharded = self.world > 1 or self.device.type != "cpu"
+        self.asked_to_end = False
+        signal.signal(signal.SIGTERM, self.note_sigterm)
         self.set_up_processes()
         self.check_shares()
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # a checkpoint of one CPU process
@@ -83,6 +86,10 @@ class Run:
         if self.device.type == "cuda" and not dist.is_initialized():
             # fully_shard wants a process group, even for one process
             dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1)
+
+    def note_sigterm(self, number: int, frame: object):
+        """A job scheduler asks the run to end: it does so behind the present step."""
+        self.asked_to_end = True
 
     def check_shares(self):
         """UserError unless every process and every update of a step gets equally many problems."""
@@ -178,6 +185,17 @@ class Run:
             self.laps = {}
             self.began = self.clock = time.perf_counter()
             yield step
+            if any(self.gather(self.asked_to_end)):
+                self.leave(step)
+
+    def leave(self, step: int):
+        """Ends the process with status 0, behind a checkpoint that --resume goes on from."""
+        if step not in self.checkpoints():
+            self.save_checkpoint(step)
+        self.bar.close()
+        self.say(f"asked to end: checkpoint-{step} is saved; the same command with --resume goes on")
+        self.accelerator.end_training()
+        raise SystemExit(0)
 
     def stop(self):
         """Makes the present step the last one. A checkpoint remembers it."""
