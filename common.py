@@ -408,13 +408,15 @@ def decode(policy: Policy, rollout: Rollout, members: range, numbers: range, *, 
     for t in range(T):
         # No top-p, no top-k, no repetition penalty, whatever the checkpoint ships.  # trap: truncated sampling
         logits_BV = policy.head(state.hidden_BD, rollout.temperature)
+        entropy_B = token_entropy(logits_BV)
+        check_finite(token_entropy, entropy_B, rollout, rows)  # NaN would draw an id that does not exist
         logprobs_BV = logits_BV.log_softmax(1)
         token_B = logits_BV.argmax(1) if greedy else inverse_cdf(logprobs_BV.exp(), uniform_BT[:, t])
         going_B = ~torch.isin(token_B, ends)
         rollout.tokens_BT[rows, t] = token_B
         rollout.mask_BT[rows, t] = 1.0
         rollout.logp_BT[rows, t] = logprobs_BV.gather(1, token_B[:, None])[:, 0]
-        rollout.entropy_BT[rows, t] = token_entropy(logits_BV)
+        rollout.entropy_BT[rows, t] = entropy_B
         rollout.finished_B[rows] = (~going_B).float()
         if t == T - 1 or not going_B.any():
             break

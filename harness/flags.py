@@ -20,6 +20,7 @@ from functools import cache
 from pathlib import Path
 
 import torch.distributed as dist
+from tqdm import tqdm
 
 
 class UserError(Exception):
@@ -194,7 +195,7 @@ def launch(script: str, main: Callable, flags: Callable, **settings):
     except UserError as error:
         rank = int(os.environ.get("RANK", 0))
         who = f" (rank {rank})" if rank else ""
-        print(f"error{who}: {error}", file=sys.stderr)
+        tqdm.write(f"error{who}: {error}", file=sys.stderr)  # on a line of its own, above the progress bar
         sys.exit(2)
     finally:
         if dist.is_initialized():

@@ -136,7 +136,10 @@ def select_groups(rollout: Rollout, places: Sequence[int]) -> Rollout:
 
 
 def join(*rollouts: Rollout) -> Rollout:
-    """Several rollouts as one, their answers and problems one behind the other."""
+    """Several rollouts as one, their answers and problems one behind the other. They must share a temperature."""
+    temperatures = sorted({rollout.temperature for rollout in rollouts})
+    if len(temperatures) > 1:  # trap: temperature
+        raise ValueError(f"rollouts sampled at temperatures {temperatures} cannot be joined: they are read at one")
     longest = max(rollout.mask_BT.shape[1] for rollout in rollouts)
     prompts = Prompts.empty()
     groups = []

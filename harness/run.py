@@ -307,7 +307,8 @@ class Run:
             if not places:
                 new = []
             new = [row for theirs in self.gather(new) for row in theirs]
-            self.append(path, [{**key, **row} for row in new])
+            new = [{**key, **row} for row in new]
+            self.append(path, new)
             rows += new
         wanted = set(ids)
         return [row for row in rows if row["id"] in wanted]

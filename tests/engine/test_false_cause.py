@@ -124,6 +124,18 @@ def test_a_weight_that_is_no_number_is_met_when_it_is_read(policy, processor, pr
     assert "the model's weights, or this problem's picture" in message
 
 
+def test_a_weight_that_is_no_number_is_met_when_it_samples(policy, processor, problems):
+    """As such: a token that is drawn from NaN is beyond the vocabulary, and the next line would blame an index."""
+    weight = policy.model.language_model.layers[1].mlp.up_proj.weight
+    kept = weight[0, 0].item()
+    weight.data[0, 0] = math.nan
+    try:
+        with pytest.raises(UserError, match="not finite at an answer to problem p0: the model's weights"):
+            draw(policy, processor, problems)
+    finally:
+        weight.data[0, 0] = kept
+
+
 @pytest.mark.parametrize("batches", [None, [[12, 13, 14], [0, 1, 2, 3], [6, 7, 8, 9, 10, 11], [4, 5]]])
 def test_a_picture_that_is_no_number_names_its_problem(policy, processor, problems, batches):
     """Its problem, and no other that shares a forward pass with it, whichever order they are read in."""

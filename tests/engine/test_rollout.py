@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from common import forced, read, token_logps
+from common import forced, read, sample, token_logps
 from harness.rollout import join, select_groups
 
 import pytest
@@ -215,3 +215,11 @@ def test_given_texts_end_with_the_end_token_and_are_read_as_they_stand(policy, p
         assert tokens == [*processor.tokenizer(text).input_ids, end]
     assert rollout.score(score_of).tolist() == [[100 * p + len(text)] for p, text in enumerate(texts)]
     assert (rollout.finished_B == 1).all()
+
+
+def test_rollouts_of_two_temperatures_are_not_joined(policy, processor, problems):
+    """Each was sampled at its own, and one number could not be right for both when they are read."""
+    warm = sample(policy, processor, problems[:1], 2, seed=(1,), max_completion_length=4)
+    cool = sample(policy, processor, problems[1:2], 2, seed=(1,), max_completion_length=4, temperature=0.5)
+    with pytest.raises(ValueError, match="cannot be joined"):
+        join(warm, cool)
