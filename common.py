@@ -27,7 +27,7 @@ from harness import problems as data_sets
 from harness import sharding
 from harness.answers import VERIFIERS, box_iou, final_answer, in_pixels, same_math, unbox
 from harness.flags import UserError, is_toy
-from harness.rollout import Prompts, Rollout
+from harness.rollout import Prompts, Rollout, name_of
 from harness.run import Run, bootstrap, generator
 
 import numpy as np
@@ -105,7 +105,8 @@ class Policy(transformers.Qwen2_5_VLForConditionalGeneration):
 
         def one_chunk(tokens_n: torch.Tensor, hidden_nD: torch.Tensor, *other_hiddens_nD: torch.Tensor) -> tuple:
             # The class's own head, not the registered one: that would reduce the gradient after every chunk, and
-            # processes with other numbers of chunks would wait for each other for ever.  # trap: unwrapped forward
+            # processes with other numbers of chunks would wait for each other for ever. A teacher is only read: its
+            # registered head gathers its weights, and has no gradient to reduce.  # trap: unwrapped forward
             logits_nV = [Policy.head(self, hidden_nD, temperature)]
             for policy, other_nD in zip(policies, other_hiddens_nD, strict=True):
                 if policy is self:
@@ -156,7 +157,7 @@ def load_policy(
     policy.requires_grad_(train)
     policy.model.visual.requires_grad_(train and args.train_vision)
     recompute = train and args.gradient_checkpointing
-    policy.train(recompute)  # in eval mode the model would not recompute, without a word
+    policy.train(recompute)  # in eval mode the model silently would not recompute
     if recompute:
         policy.activation_checkpointing_enable()
     return policy, Processor(image_processor, tokenizer)
@@ -299,15 +300,16 @@ def check_prompts(processor: Processor, problems: Iterable[dict], args: Namespac
     for problem in tqdm(problems, desc="prompts", delay=5, leave=False):
         sizes = [(picture.height, picture.width) for picture in problem["images"]]
         patches = sum(tool.get_number_of_image_patches(height, width, {}) for height, width in sizes)
-        pictures = patches // tool.merge_size**2
+        picture_tokens = patches // tool.merge_size**2
         words = len(processor.tokenizer(chat(processor, problem)).input_ids)
-        lengths.append(words - len(sizes) + pictures)  # the text holds one token for each picture
+        lengths.append(words - len(sizes) + picture_tokens)  # the text holds one token for each picture
         scaled += sum(height * width > args.max_pixels for height, width in sizes)
         kinds[problem["verifier"]] += 1
         grade(problem, "")  # an open_ended problem, for which no script has a judge, is met here and not at step 40
         if lengths[-1] > args.max_prompt_length:  # trap: prompt truncation
-            raise UserError(f"problem {problem['id']} has a prompt of {lengths[-1]} tokens ({pictures} of pictures), "
-                            f"over --max_prompt_length {args.max_prompt_length}: raise it, or lower --max_pixels")
+            raise UserError(f"problem {problem['id']} has a prompt of {lengths[-1]} tokens ({picture_tokens} of "
+                            f"pictures), over --max_prompt_length {args.max_prompt_length}: raise it, or lower "
+                            "--max_pixels")
     return lengths, scaled, dict(kinds)
 
 
@@ -567,8 +569,8 @@ def check_finite(fn: Callable, value_N: torch.Tensor, part: Rollout, row_N: torc
         return
     n = int((~finite_N).nonzero()[0])
     problem = part.problems[int(row_N[n])]  # trap: false cause
-    raise UserError(f"{fn.__name__} is not finite at an answer to problem {problem['id']}: the model's weights, or "
-                    "this problem's picture, hold something that is not a number")
+    raise UserError(f"{name_of(fn)} gave something that is not finite at an answer to problem {problem['id']}: look at "
+                    f"{name_of(fn)}, then at its logits (the model's weights, or this problem's picture)")
 
 
 def pack(rollout: Rollout, reading: Reading) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
@@ -578,9 +580,14 @@ def pack(rollout: Rollout, reading: Reading) -> tuple[tuple[torch.Tensor, ...], 
     every answer. Returns body's inputs, and the place in (row, column), flattened, of the state that predicts each
     answer token: for the first token of every answer that is the prompt's last.
     """
+    lengths_B = rollout.mask_BT.sum(1)
+    up_to_end_BT = torch.arange(rollout.mask_BT.shape[1], device=lengths_B.device) < lengths_B[:, None]
+    if (lengths_B == 0).any() or not torch.equal(rollout.mask_BT.bool(), up_to_end_BT):
+        raise ValueError("mask_BT must be 1 from an answer's first token to its end: to leave tokens out of a loss, "
+                         "give them weight 0")
     prompts = rollout.prompts
     groups = rollout.groups()
-    lengths = rollout.mask_BT.sum(1).long().tolist()
+    lengths = lengths_B.long().tolist()
     R = len(groups)
     L = max(len(prompts.ids[p]) + sum(lengths[b] for b in answers) for p, answers in groups.items())
     ids_RL = torch.zeros(R, L, dtype=torch.long)
@@ -687,7 +694,9 @@ def is_right(problem: dict, text: str, judge: Callable | None = None) -> bool:
     reward = grade(problem, text, judge)
     if problem["verifier"] == "iou":
         return reward >= 0.5
-    return reward > 0
+    if problem["verifier"] == "open_ended":
+        return reward > 0
+    return reward == 1
 
 
 # === finish ===========================================================================================================
@@ -707,7 +716,10 @@ def evaluate(run: Run, policy: Policy, processor: Processor, held_out: Sequence[
         max_completion_length=args.max_completion_length, sample_batch_size=args.sample_batch_size)
     right = [is_right(problem, text) for problem, text in zip(rollout.problems, rollout.texts, strict=True)]
     accuracy_P = np.array(right, dtype=float).reshape(-1, args.num_generations_eval).mean(1)[:len(mine)]
-    mean, low, high = bootstrap(np.concatenate(run.gather(accuracy_P)))
+    everyones_P = np.empty(len(held_out))
+    for rank, theirs in enumerate(run.gather(accuracy_P)):
+        everyones_P[rank::run.world] = theirs  # in the order of the problems, so that the interval is one process's too
+    mean, low, high = bootstrap(everyones_P)
     return dict(eval_accuracy=mean, eval_low=low, eval_high=high)
 
 
@@ -720,13 +732,14 @@ def report():
 def finish(run: Run, policy: Policy, processor: Processor):
     """Saves the model where others can load it, draws curves.png and report.html, removes the checkpoints.
 
-    It stands after the loop, so a loop that was left by `break` ends here too.
+    It stands after the loop, so a loop that was left by `break` ends here too. `run.stop()` before run.due ends a run
+    in better order: the step is the last, held-out accuracy is measured once more, and a checkpoint remembers it.
     """
     run.bar.close()
     if run.done < run.args.max_steps:  # trap: early break
         run.say(f"ended after step {run.done} of {run.args.max_steps}")
     save_policy(policy, processor, run.folder, run.is_main)
     if run.is_main:
-        page = report().finish(run.folder, run.pictures)
+        page = report().finish(run.folder, run.pictures) if run.done > 0 else "nothing: no step was finished"
         run.say(f"look at {page}; the model is in {run.folder}")
     run.end()

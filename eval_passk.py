@@ -28,6 +28,7 @@ import os
 from common import (
     UserError,
     check_prompts,
+    find_model,
     fingerprint,
     format_reward,
     is_right,
@@ -103,8 +104,8 @@ def answer_all(run, model, name, problems):
     args = run.args
     settings = dict(max_completion_length=args.max_completion_length)
     key = dict(
-        model=model, weights=fingerprint(model), dataset=name, n=args.num_samples, temperature=args.temperature,
-        **settings, max_pixels=args.max_pixels, seed=args.seed)
+        model=model, weights=fingerprint(find_model(model, run)), dataset=name, n=args.num_samples,
+        temperature=args.temperature, **settings, max_pixels=args.max_pixels, seed=args.seed)
 
     def prepare(left):
         policy, processor = load_policy(model, run)

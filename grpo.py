@@ -1,7 +1,7 @@
 """GRPO: group relative policy optimisation of a vision-language model, from rewards that can be checked.
 
 Why care: it is the simplest way to make a model better at what can be graded. It needs no value network and no
-preference data, and every other script of this house changes one phase of it.
+preference data, and vepo.py, mupo.py and the forks each change one part of it.
 
 Paper: DeepSeekMath, arXiv 2402.03300, section 4. For each problem the policy samples a group of G answers; an answer
 is credited with how much better it is than its group, and every one of its tokens shares that credit:
@@ -12,29 +12,33 @@ is credited with how much better it is than its group, and every one of its toke
     L    = Σ_bt weight_bt·ℓ_bt / Σ_bt weight_bt  +  β·mean_bt k3_bt                                              (4)
     k3   = exp(d) − d − 1,    d = log π_ref − log π_θ                                                            (5)
 
-In the paper, (2) to (4) are its equation (3) and (5) is its equation (4); the advantage (1) stands in section 4.1.2,
-without a number. Both sums of (4) run over the whole optimiser batch: all micro-batches, all processes. The optimiser
-is AdamW. A group is read as one packed row: the picture and the prompt once, the answers side by side behind them.
+In the paper, (2) to (4) are its equation (3) and (5) is its equation (4); the advantage (1) is in section 4.1.2,
+unnumbered. Both sums of (4) run over the whole optimiser batch: all micro-batches, all processes. The optimiser is
+AdamW. A group is read as one packed row: the picture and the prompt once, then the answers, side by side.
 
 Departures from the paper, as in today's recipes for vision-language models:
  1. weight is 1 on every answer token (a mean over tokens). The paper's mean over each answer first, 1/|o_i|, is
     --average answer: only another weight.
  2. β is 0, and then no reference model is loaded. With --beta the reference is the starting model throughout. k3
     averages to KL(π_θ‖π_ref); differentiated as a loss it gives the gradient of KL(π_ref‖π_θ).
- 3. The vision tower is frozen unless --train_vision.
- 4. Groups whose advantages are all zero are not read: they have no gradient. Their tokens still count in (4).
- 5. The paper gives no settings for pictures: those of RECIPE are common ones of vision-language GRPO (EasyR1's).
+ 3. The reference is never renewed, and rewards are rules, not a model. The z-score has 1e-6 in its denominator.
+ 4. The vision tower is frozen unless --train_vision.
+ 5. Groups whose advantages are all zero are not read (with --beta they are): they have no gradient. Their tokens still
+    count in (4).
+ 6. The paper trains a language model. Batch, updates, learning rate and length are EasyR1's, a vision-language code.
+    Pictures are scaled down to --max_pixels and never enlarged (EasyR1 enlarges small ones to 262,144 pixels).
 
 Shapes: P problems, G answers to each, B = P·G answers, T tokens of the longest; b is a part of B, the answers of one
-forward pass. weight is 0 after an answer's end.
+forward pass. weight is 0 after an answer's end. All of them are this process's share: what steers the loop must be a
+number of all processes, run.sum or run.mean.
 
     python grpo.py                                                              a laptop, minutes
     accelerate launch grpo.py --model Qwen/Qwen2.5-VL-7B-Instruct               the paper's size, several GPUs
 
 A healthy run: accuracy rises, entropy falls, frac_reward_zero_std rises as problems are mastered. sampler_gap stays
-tiny (in bf16 about 0.01). With the default of four updates to a rollout the loss starts a little above or below 0 and
-says little: watch accuracy. clip_fraction is a few per cent; far more means steps that are too large. With one update
-(--updates_per_step 1) the ratio is 1, nothing is clipped, and the loss stays near 0.
+tiny (in bf16 about 0.01). With the default of four updates to a rollout the loss stays within a few hundredths of 0,
+mostly below it, and says little: watch accuracy. clip_fraction is mostly under 1 per cent; far more means that steps
+are too large. With one update (--updates_per_step 1) the ratio is 1, nothing is clipped, and the loss stays near 0.
 """
 
 from common import (
@@ -51,7 +55,7 @@ from common import (
     token_logps,
     trained_weights,
 )
-from harness.flags import launch
+from harness.flags import launch, not_negative
 from harness.run import Run, learning_rate
 from harness.sharding import clip_gradients
 from harness.updates import plan_updates
@@ -62,7 +66,7 @@ import torch
 
 
 def group_advantages(rewards_PG):
-    """(P, G) → (P, G). GRPO's eq. (1); exactly 0 where a group's rewards are equal, whatever fp32 says of their std."""
+    """(P, G) → (P, G). GRPO's eq. (1); exactly 0 where a group's rewards are equal, even if rounding says otherwise."""
     centred_PG = rewards_PG - rewards_PG.mean(1, keepdim=True)
     advantages_PG = centred_PG / (rewards_PG.std(1, keepdim=True) + 1e-6)
     equal_P1 = rewards_PG.amax(1, keepdim=True) == rewards_PG.amin(1, keepdim=True)  # trap: group std
@@ -85,7 +89,7 @@ def is_clipped(logp_BT, old_logp_BT, advantage_BT, epsilon, epsilon_high):
 
 
 def token_weights(mask_BT, average):
-    """(B, T) → (B, T). "token": every token counts the same; "answer": every answer does, 1/|o_b| to a token."""
+    """(B, T) → (B, T). "token": every token weighs 1. "answer": every answer does, so a token weighs 1/|o_b|."""
     if average == "token":
         return mask_BT
     return mask_BT / mask_BT.sum(1, keepdim=True)
@@ -98,7 +102,7 @@ def k3(logp_BT, ref_logp_BT):
 
 
 def adapted_beta(beta, kl, target, answers):
-    """β after a step of `answers` answers whose mean KL was `kl`: moved towards the target (Ziegler et al. 2019)."""
+    """β after a step of `answers` answers: raised if their mean KL is above the target, else lowered (Ziegler 2019)."""
     if not target:
         return beta
     error = min(max(kl / target - 1, -0.2), 0.2)
@@ -116,12 +120,22 @@ TOY = dict(
 
 
 def flags(parser):
-    parser.add_argument("--epsilon", type=float, default=0.2, help="ε_low, how far the ratio may fall")
-    parser.add_argument("--epsilon_high", type=float, default=0.2, help="ε_high, how far the ratio may rise")
-    parser.add_argument("--average", choices=("token", "answer"), default="token", help="what counts the same")
-    parser.add_argument("--beta", type=float, default=0.0, help="β, weight of the KL to the starting model")
-    parser.add_argument("--kl_target", type=float, default=0.0, help="adapt β towards this KL (0: β stays)")
-    parser.add_argument("--mask_truncated", action="store_true", help="cut answers leave the loss (not the KL)")
+    parser.add_argument("--epsilon", type=not_negative, default=0.2, help="ε_low, how far the ratio may fall")
+    parser.add_argument("--epsilon_high", type=not_negative, default=0.2, help="ε_high, how far it may rise")
+    parser.add_argument("--average", choices=("token", "answer"), default="token",
+                        help="average over tokens, or over answers first")
+    parser.add_argument("--beta", type=not_negative, default=0.0, help="β, weight of the KL to the starting model")
+    parser.add_argument("--kl_target", type=not_negative, default=0.0, help="adapt β towards this KL (0: β stays)")
+    parser.add_argument("--mask_truncated", action="store_true",
+                        help="leave truncated answers out of the loss (the KL keeps them)")
+
+
+def check_flags(args):
+    """UserError for flags that make no sense together."""
+    if args.num_generations < 2:
+        raise UserError(f"--num_generations is {args.num_generations}: a group needs at least 2 answers to compare")
+    if args.kl_target and not args.beta:
+        raise UserError("--kl_target adapts β, which is 0: give --beta too")
 
 
 def update(run, policy, optimizer, rollout, *, plan, advantage_BT, weight_BT, old_logp_BT, ref_logp_BT):
@@ -134,23 +148,24 @@ def update(run, policy, optimizer, rollout, *, plan, advantage_BT, weight_BT, ol
     mask_BT = rollout.mask_BT
     grad_norms = []
     for part in plan:
-        # Both normalisers are whole before the first pass: all micro-batches, all processes.  # trap: normaliser
+        # Both normalisers are summed over all passes and processes before the first pass.  # trap: normaliser
         total_weight = run.sum(weight_BT[part.answers].sum()).clamp_min(1e-6)
         total_tokens = run.sum(mask_BT[part.answers].sum())
         for batch in part:
             logp_bT = read(token_logps, rollout[batch], policy)
             old_logp_bT = logp_bT.detach() if old_logp_BT is None else old_logp_BT[batch]  # trap: ratio
-            inputs = (logp_bT, old_logp_bT, advantage_BT[batch])
-            loss_bT = policy_loss(*inputs, epsilon=args.epsilon, epsilon_high=args.epsilon_high)
-            clipped_bT = is_clipped(*inputs, epsilon=args.epsilon, epsilon_high=args.epsilon_high)
+            advantage_bT = advantage_BT[batch]
+            clip = dict(epsilon=args.epsilon, epsilon_high=args.epsilon_high)
+            loss_bT = policy_loss(logp_bT, old_logp_bT, advantage_bT, **clip)
+            clipped_bT = is_clipped(logp_bT, old_logp_bT, advantage_bT, **clip)
             loss = (loss_bT * weight_BT[batch]).sum() / total_weight
             numbers = dict(clip_fraction=(clipped_bT * weight_BT[batch]).sum() / total_weight)
             if ref_logp_BT is not None:
                 kl = (k3(logp_bT, ref_logp_BT[batch]) * mask_BT[batch]).sum() / total_tokens
                 loss = loss + run.state["beta"] * kl
                 numbers["kl"] = kl
-            part.backward(loss, **numbers)
-            part.compare(old_logp_bT, rollout[batch])
+            part.backward(batch, loss, **numbers)
+            part.compare(batch, old_logp_bT)
         grad_norms.append(clip_gradients(policy, args.max_grad_norm))
         optimizer.step()
         optimizer.zero_grad()
@@ -158,8 +173,7 @@ def update(run, policy, optimizer, rollout, *, plan, advantage_BT, weight_BT, ol
 
 
 def main(args):
-    if args.num_generations < 2:
-        raise UserError(f"--num_generations is {args.num_generations}: a group needs at least 2 answers to compare")
+    check_flags(args)
     run = Run(args)
     problems = load_problems(args.dataset)
     held_out = load_problems(args.eval_dataset)
@@ -193,15 +207,17 @@ def main(args):
         weight_BT = token_weights(mask_BT, args.average)
         if args.mask_truncated:
             weight_BT = weight_BT * rollout.finished_B[:, None]
-        moved_B = (advantages_PG != 0).any(1).repeat_interleave(args.num_generations)
+        # Unread answers only save time; what is to leave the normaliser needs weight 0.
+        read_B = (advantages_PG != 0).any(1).repeat_interleave(args.num_generations)
         if reference is not None:
-            moved_B[:] = True  # the KL moves answers without credit too
-        plan = plan_updates(run, rollout, moved_B)
+            read_B[:] = True  # with a KL every answer has a gradient
+        plan = plan_updates(run, rollout, read_B)
 
         # --- update: move towards the answers with credit -------------------------------------------------------------
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, args)
-        old_logp_BT, ref_logp_BT = None, None
+        for weights in optimizer.param_groups:
+            weights["lr"] = learning_rate(step, args)
+        old_logp_BT = None
+        ref_logp_BT = None
         with torch.no_grad():
             if args.updates_per_step > 1:  # π_old is the policy before the first of the updates, not before each
                 old_logp_BT = read(token_logps, rollout, policy, batches=plan.batches)

@@ -16,7 +16,7 @@ of answer i:
 
 In the paper these are its equations (5), (6), (7), (4), and (3) for w_k and the sum. γ is the paper's β: here β is the
 weight of the KL, as in all scripts. At γ = 1 every cluster weighs the same, whatever its size. A cluster of one has
-A = 0; with K = 1, R_div = 0. Optimiser (AdamW), packed rows and everything else are grpo.py's.
+A = 0; with K = 1, R_div = 0. The rest, AdamW and packed rows included, is as in grpo.py.
 
 Departures from the paper, and where its released code differs:
  1. The paper's equation (3) averages inside each cluster and multiplies by w_k too. The released code, and this, only
@@ -24,7 +24,11 @@ Departures from the paper, and where its released code differs:
  2. The ratio is per token, the paper writes it per sequence.
  3. The released code decays λ exponentially, rewards (0.9 − w)·accuracy + 0.1·format + w·2·R_div and has the partition
     commented out; this follows the paper.
- 4. ε_high = 0.28 is the released code's; the paper has one ε. The paper gives no batch: ours is grpo.py's.
+ 4. ε_high = 0.28 and 0.9·accuracy are the released code's; the paper has one ε. The paper gives no batch: 512 problems
+    are grpo.py's, and 150 steps of them are two epochs of ViRL39K.
+ 5. The released 7B script is plain GRPO (K = 1, 5 answers); the 3B script has K = 2, 12 answers, a KL and 4,096 tokens.
+    Both train the vision tower, filter groups online and sample with top-p 0.99.
+ 6. k-means++ and 32 restarts are ours; so is what counts as reasoning where <think> is missing (harness/embedding.py).
 A danger to watch: in a cluster whose answers are all right only R_div varies, and (4) blows it up to unit size; the
 metric only_diversity_clusters is the share of such clusters.
 
@@ -36,7 +40,8 @@ Shapes: P problems, G answers to each, B = P·G answers, T tokens of the longest
 
 ViRL39K keeps its pictures in an archive beside its table: download both, unpack the archive, and name the table's file.
 
-A healthy run: as grpo.py's, but diversity falls less; smallest_cluster never falls below G_min.
+A healthy run: diversity stays up where grpo.py's falls, accuracy does not fall, smallest_cluster is at least G_min. On
+the tabletop (results/mupo.json, five seeds) it keeps its diversity and gains no accuracy: pass@1 .434, GRPO .671.
 """
 
 import math
@@ -58,8 +63,8 @@ from common import (
 )
 from harness.diagnostics import record_clusters
 from harness.embedding import load_embedder, reasoning
-from harness.flags import at_least, launch
-from harness.run import Run, generator, learning_rate
+from harness.flags import at_least, launch, not_negative
+from harness.run import Run, learning_rate, seed_of
 from harness.sharding import clip_gradients
 from harness.updates import plan_updates
 
@@ -71,7 +76,7 @@ from scipy.optimize import linear_sum_assignment
 
 
 def group_advantages(rewards_PG):
-    """(P, G) → (P, G). GRPO's eq. (1); exactly 0 where a group's rewards are equal, whatever fp32 says of their std."""
+    """(P, G) → (P, G). GRPO's eq. (1); exactly 0 where a group's rewards are equal, even if rounding says otherwise."""
     centred_PG = rewards_PG - rewards_PG.mean(1, keepdim=True)
     advantages_PG = centred_PG / (rewards_PG.std(1, keepdim=True) + 1e-6)
     equal_P1 = rewards_PG.amax(1, keepdim=True) == rewards_PG.amin(1, keepdim=True)  # trap: group std
@@ -94,7 +99,7 @@ def is_clipped(logp_BT, old_logp_BT, advantage_BT, epsilon, epsilon_high):
 
 
 def token_weights(mask_BT, average):
-    """(B, T) → (B, T). "token": every token counts the same; "answer": every answer does, 1/|o_b| to a token."""
+    """(B, T) → (B, T). "token": every token weighs 1. "answer": every answer does, so a token weighs 1/|o_b|."""
     if average == "token":
         return mask_BT
     return mask_BT / mask_BT.sum(1, keepdim=True)
@@ -107,7 +112,7 @@ def k3(logp_BT, ref_logp_BT):
 
 
 def adapted_beta(beta, kl, target, answers):
-    """β after a step of `answers` answers whose mean KL was `kl`: moved towards the target (Ziegler et al. 2019)."""
+    """β after a step of `answers` answers: raised if their mean KL is above the target, else lowered (Ziegler 2019)."""
     if not target:
         return beta
     error = min(max(kl / target - 1, -0.2), 0.2)
@@ -129,7 +134,7 @@ def assign(distance_GK, min_size):
 
 
 def spread_seeds(apart_GG, clusters, random):
-    """k-means++: places of `clusters` points, each drawn with its squared distance to the nearest one drawn before."""
+    """k-means++: places of `clusters` points, each drawn in proportion to its squared distance to those before it."""
     G = len(apart_GG)
     chosen = [random.integers(G)]
     while len(chosen) < clusters:
@@ -141,9 +146,11 @@ def spread_seeds(apart_GG, clusters, random):
 def k_means(apart_GG, chosen, clusters, min_size):
     """Lloyd's two steps from the points `chosen`, while they help: labels (G,) and their cost."""
     places = np.arange(len(apart_GG))
-    labels_G = next_G = assign(apart_GG[:, chosen], min_size)
+    next_G = assign(apart_GG[:, chosen], min_size)
+    labels_G = next_G
     cost = np.inf
     while True:
+        # (G, K): 1/|C_k| where point g is in cluster k
         member_GK = np.eye(clusters)[next_G] / np.bincount(next_G, minlength=clusters)
         # ‖x − c‖² to a mean c needs no c: the mean of ‖x − m‖² over the members m, less half their mean spread.
         spread_K = np.einsum("gk,gh,hk->k", member_GK, apart_GG, member_GK) / 2
@@ -219,18 +226,29 @@ TOY = dict(
 
 
 def flags(parser):
-    parser.add_argument("--epsilon", type=float, default=0.2, help="ε_low, how far the ratio may fall")
-    parser.add_argument("--epsilon_high", type=float, default=0.2, help="ε_high, how far the ratio may rise")
-    parser.add_argument("--average", choices=("token", "answer"), default="token", help="what counts the same")
-    parser.add_argument("--beta", type=float, default=0.0, help="β, weight of the KL to the starting model")
-    parser.add_argument("--kl_target", type=float, default=0.0, help="adapt β towards this KL (0: β stays)")
-    parser.add_argument("--mask_truncated", action="store_true", help="cut answers leave the loss (not the KL)")
+    parser.add_argument("--epsilon", type=not_negative, default=0.2, help="ε_low, how far the ratio may fall")
+    parser.add_argument("--epsilon_high", type=not_negative, default=0.2, help="ε_high, how far it may rise")
+    parser.add_argument("--average", choices=("token", "answer"), default="token",
+                        help="average over tokens, or over answers first")
+    parser.add_argument("--beta", type=not_negative, default=0.0, help="β, weight of the KL to the starting model")
+    parser.add_argument("--kl_target", type=not_negative, default=0.0, help="adapt β towards this KL (0: β stays)")
+    parser.add_argument("--mask_truncated", action="store_true",
+                        help="leave truncated answers out of the loss (the KL keeps them)")
     parser.add_argument("--clusters", type=at_least(1), default=3, help="K, clusters that a group is split into")
     parser.add_argument("--min_cluster", type=at_least(1), default=3, help="G_min, answers that a cluster has at least")
-    parser.add_argument("--balance", type=float, default=1.0, help="γ of eq. (4): at 1 every cluster weighs the same")
-    parser.add_argument("--diversity_weight", type=float, default=0.4, help="λ_max, at the first step")
-    parser.add_argument("--min_diversity_weight", type=float, default=0.1, help="λ_min, at the last step")
+    parser.add_argument("--balance", type=not_negative, default=1.0,
+                        help="γ of eq. (4): at 1 every cluster weighs the same")
+    parser.add_argument("--diversity_weight", type=not_negative, default=0.4, help="λ_max, before the first step")
+    parser.add_argument("--min_diversity_weight", type=not_negative, default=0.1, help="λ_min, at the last step")
     parser.add_argument("--embedder", default="Qwen/Qwen3-Embedding-0.6B", help="a sentence-embedding model, or ngrams")
+
+
+def check_flags(args):
+    """UserError for flags that make no sense together."""
+    if args.num_generations < 2:
+        raise UserError(f"--num_generations is {args.num_generations}: a group needs at least 2 answers to compare")
+    if args.kl_target and not args.beta:
+        raise UserError("--kl_target adapts β, which is 0: give --beta too")
 
 
 def update(run, policy, optimizer, rollout, *, plan, advantage_BT, weight_BT, old_logp_BT, ref_logp_BT):
@@ -243,23 +261,24 @@ def update(run, policy, optimizer, rollout, *, plan, advantage_BT, weight_BT, ol
     mask_BT = rollout.mask_BT
     grad_norms = []
     for part in plan:
-        # Both normalisers are whole before the first pass: all micro-batches, all processes.  # trap: normaliser
+        # Both normalisers are summed over all passes and processes before the first pass.  # trap: normaliser
         total_weight = run.sum(weight_BT[part.answers].sum()).clamp_min(1e-6)
         total_tokens = run.sum(mask_BT[part.answers].sum())
         for batch in part:
             logp_bT = read(token_logps, rollout[batch], policy)
             old_logp_bT = logp_bT.detach() if old_logp_BT is None else old_logp_BT[batch]  # trap: ratio
-            inputs = (logp_bT, old_logp_bT, advantage_BT[batch])
-            loss_bT = policy_loss(*inputs, epsilon=args.epsilon, epsilon_high=args.epsilon_high)
-            clipped_bT = is_clipped(*inputs, epsilon=args.epsilon, epsilon_high=args.epsilon_high)
+            advantage_bT = advantage_BT[batch]
+            clip = dict(epsilon=args.epsilon, epsilon_high=args.epsilon_high)
+            loss_bT = policy_loss(logp_bT, old_logp_bT, advantage_bT, **clip)
+            clipped_bT = is_clipped(logp_bT, old_logp_bT, advantage_bT, **clip)
             loss = (loss_bT * weight_BT[batch]).sum() / total_weight
             numbers = dict(clip_fraction=(clipped_bT * weight_BT[batch]).sum() / total_weight)
             if ref_logp_BT is not None:
                 kl = (k3(logp_bT, ref_logp_BT[batch]) * mask_BT[batch]).sum() / total_tokens
                 loss = loss + run.state["beta"] * kl
                 numbers["kl"] = kl
-            part.backward(loss, **numbers)
-            part.compare(old_logp_bT, rollout[batch])
+            part.backward(batch, loss, **numbers)
+            part.compare(batch, old_logp_bT)
         grad_norms.append(clip_gradients(policy, args.max_grad_norm))
         optimizer.step()
         optimizer.zero_grad()
@@ -267,8 +286,7 @@ def update(run, policy, optimizer, rollout, *, plan, advantage_BT, weight_BT, ol
 
 
 def main(args):
-    if args.num_generations < 2:
-        raise UserError(f"--num_generations is {args.num_generations}: a group needs at least 2 answers to compare")
+    check_flags(args)
     if args.num_generations < args.clusters * args.min_cluster:
         raise UserError(f"--num_generations {args.num_generations} cannot fill --clusters {args.clusters} of at least "
                         f"--min_cluster {args.min_cluster} answers")
@@ -302,11 +320,11 @@ def main(args):
         embeddings_PGD = embed([reasoning(text) for text in rollout.texts]).split(args.num_generations)
         labels_PG = []
         for problem, embeddings_GD in zip(rollout.prompts.problems, embeddings_PGD, strict=True):
-            seed = generator(args.seed, step, problem["id"], "clusters").initial_seed()
+            seed = seed_of(args.seed, step, problem["id"], "clusters")
             labels_PG.append(partition(embeddings_GD, args.clusters, args.min_cluster, seed))
         diversity_PG = torch.stack([diversity(*pair) for pair in zip(embeddings_PGD, labels_PG, strict=True)])
-        bonus = diversity_weight(step, args.max_steps, args.diversity_weight, args.min_diversity_weight)
-        rewards_PG = plain_PG + bonus * rollout.score(is_right) * diversity_PG.to(run.device)
+        lam = diversity_weight(step, args.max_steps, args.diversity_weight, args.min_diversity_weight)
+        rewards_PG = plain_PG + lam * rollout.score(is_right) * diversity_PG.to(run.device)
 
         # --- credit: how much of it does each token carry? ------------------------------------------------------------
         advantages_PG = torch.stack([  # each answer competes with those of its own cluster only
@@ -317,15 +335,17 @@ def main(args):
         weight_BT = token_weights(mask_BT, args.average)
         if args.mask_truncated:
             weight_BT = weight_BT * rollout.finished_B[:, None]
-        moved_B = (advantages_PG != 0).any(1).repeat_interleave(args.num_generations)
+        # Unread answers only save time; what is to leave the normaliser needs weight 0.
+        read_B = (advantages_PG != 0).any(1).repeat_interleave(args.num_generations)
         if reference is not None:
-            moved_B[:] = True  # the KL moves answers without credit too
-        plan = plan_updates(run, rollout, moved_B)
+            read_B[:] = True  # with a KL every answer has a gradient
+        plan = plan_updates(run, rollout, read_B)
 
         # --- update: move towards the answers with credit -------------------------------------------------------------
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, args)
-        old_logp_BT, ref_logp_BT = None, None
+        for weights in optimizer.param_groups:
+            weights["lr"] = learning_rate(step, args)
+        old_logp_BT = None
+        ref_logp_BT = None
         with torch.no_grad():
             if args.updates_per_step > 1:  # π_old is the policy before the first of the updates, not before each
                 old_logp_BT = read(token_logps, rollout, policy, batches=plan.batches)
@@ -343,7 +363,7 @@ def main(args):
             format=run.mean(format_PG), frac_reward_zero_std=run.mean((advantages_PG == 0).all(1).float()),
             learning_rate=learning_rate(step, args), **rollout.metrics(run),
         )
-        metrics["diversity_weight"] = bonus
+        metrics["diversity_weight"] = lam
         metrics |= record_clusters(
             run, rollout, embeddings_PGD, labels_PG, accuracy_PG=accuracy_PG, plain_PG=plain_PG, rewards_PG=rewards_PG)
         if reference is not None:

@@ -1,7 +1,7 @@
 """OPD: on-policy distillation, a larger model of the same family reads what the smaller one wrote.
 
 Why care: a reward says one thing about a whole answer; a teacher says at every token what it would have written there.
-It is the cheapest way to move a small model, and it learns from its own mistakes, not from someone else's text.
+Every token of the student's own mistakes becomes a lesson.
 
 Paper: arXiv 2606.09059 (abstract and captions only, the recipe is ours); the loss is the on-policy reverse KL of GKD,
 arXiv 2306.13649. The student samples, the teacher reads the same answers with the same pictures, and at every token
@@ -11,17 +11,17 @@ distributions behind the same prefix:
     KL_t = KL(p_t‖q_t) = Σ_v p_t(v)·(log p_t(v) − log q_t(v))         full vocabulary, T = 1, in nats            (1)
     L    = Σ_bt m_bt·KL_bt / Σ_bt m_bt                                m is 1 on the tokens of the answers        (2)
 
-The equation numbers are ours: neither paper's own were within reach when this was written. The optimiser is AdamW; a
-group is read as one packed row, the picture and the prompt once. Both sums of (2) run over the whole optimiser batch:
-all micro-batches, all processes. There is no reward: accuracy is logged, never trained on. The gradient goes through
-p_t of (1), not through the sampling: prefixes are held fixed.
+Equation numbers are ours; we could not read the papers' own. The optimiser is AdamW; a group is read as one packed row,
+the picture and the prompt once. Both sums of (2) run over the whole optimiser batch: all micro-batches, all processes.
+There is no reward: accuracy is logged, never trained on. The gradient goes through p_t of (1), not through the
+sampling: prefixes are held fixed.
 
 --estimator sampled knows q at the sampled token o_t only, as other implementations do, and is an RL step whose
 advantage is the log-ratio:
 
     A_bt = log q_t(o_t) − log p_t(o_t),        ℓ_bt as in grpo.py, eq. (2) and (3), in place of KL_bt            (3)
 
-Its mean over o_t is the gradient of (1), with more noise.
+Averaged over o_t, its gradient is that of (1), with more noise.
 
 --estimator forward exchanges p and q in (1): KL(q_t‖p_t) on the student's own answers, the other end of GKD. sft.py
 --soft_targets asks for the same on the teacher's answers, so the two differ in nothing but whose answers are read.
@@ -131,7 +131,7 @@ def flags(parser):
 
 
 def check_vocabulary(args, processor, teacher_processor):
-    """UserError unless the same ids mean the same words to both: else (1) compares distributions over other things."""
+    """UserError unless the same ids mean the same words to both: else a KL compares probabilities of other words."""
     ours = processor.tokenizer.get_vocab()
     theirs = teacher_processor.tokenizer.get_vocab()
     other = sorted(word for word in {*ours, *theirs} if ours.get(word) != theirs.get(word))
@@ -151,6 +151,7 @@ def distil(run, policy, optimizer, rollout, teacher):
             loss_bT, kl_bT, logp_bT = read(ESTIMATORS[run.args.estimator], rollout[batch], policy, teacher)
             gap_bT = (logp_bT - rollout.logp_BT[batch]).abs()
             part.backward(
+                batch,
                 (loss_bT * mask_bT).sum() / total_tokens,
                 teacher_kl=(kl_bT * mask_bT).sum() / total_tokens,
                 sampler_gap=(gap_bT * mask_bT).sum() / total_tokens,
@@ -184,8 +185,8 @@ def main(args):
         run.lap("sample")
 
         # --- update: move towards the teacher on the student's own answers --------------------------------------------
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, args)
+        for weights in optimizer.param_groups:
+            weights["lr"] = learning_rate(step, args)
         metrics = distil(run, policy, optimizer, rollout, teacher=teacher)
         run.lap("update")
 

@@ -1,21 +1,21 @@
 """SFT: supervised fine-tuning of a vision-language model on written-out reasoning, the usual warm start before RL.
 
 Why care: a model that never writes a right answer learns nothing from rewards. A few hundred good traces get it there;
-too many make it recite.
+the paper finds that too many make it recite.
 
 As in VLAA-Thinker (arXiv 2504.11468) and the stage-1 study (arXiv 2606.09059): cross-entropy on the answer alone,
 
     L = −Σ_bt m_bt·log π_θ(y_bt | image, question, y_b,<t) / Σ_bt m_bt                                           (1)
 
 where m is 1 on the tokens of the trace and on the end token, and both sums run over the whole optimiser batch: all
-micro-batches, all processes. Nothing of the prompt is trained on. The optimiser is AdamW. The equation numbers are
-ours: the papers' own were not within reach when this was written.
+micro-batches, all processes. Nothing of the prompt is trained on. The optimiser is AdamW; a trace is read in one packed
+row with its prompt. Equation numbers are ours; we could not read the papers' own.
 
 The traces are the data set's own (a column `trace`), or with --teacher the teacher's own verified answers to the
 given problems: --teacher_samples are sampled to each, and those that are right and well-formed are kept (rejection
 sampling). They are kept on disk too, so that another run with the same teacher does not sample again.
 
---soft_targets puts the teacher's whole distribution q in the place of the trace's one token, the forward KL that
+--soft_targets replaces the trace's single token by the teacher's whole distribution q, the forward KL that
 distillation off-policy minimises (Hinton et al., arXiv 1503.02531). It stands between (1), which asks for one word on
 the same traces, and opd.py, which asks for a distribution too, but on the student's own answers and in the other
 direction of the KL.
@@ -45,6 +45,7 @@ from common import (
     UserError,
     check_problems,
     evaluate,
+    find_model,
     fingerprint,
     finish,
     forced,
@@ -122,7 +123,7 @@ def flags(parser):
 
 
 def check_vocabulary(args, processor, teacher_processor):
-    """UserError unless the same ids mean the same words to both: else (1) compares distributions over other things."""
+    """UserError unless the same ids mean the same words to both: else a KL compares probabilities of other words."""
     ours = processor.tokenizer.get_vocab()
     theirs = teacher_processor.tokenizer.get_vocab()
     other = sorted(word for word in {*ours, *theirs} if ours.get(word) != theirs.get(word))
@@ -140,8 +141,8 @@ def teacher_traces(run, problems, loaded=None):
     args = run.args
     settings = dict(temperature=args.temperature, max_completion_length=args.max_completion_length)
     key = dict(
-        teacher=args.teacher, weights=fingerprint(args.teacher), dataset=args.dataset, n=args.teacher_samples,
-        **settings, max_pixels=args.max_pixels, seed=args.seed)
+        teacher=args.teacher, weights=fingerprint(find_model(args.teacher, run)), dataset=args.dataset,
+        n=args.teacher_samples, **settings, max_pixels=args.max_pixels, seed=args.seed)
     name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:12]
     path = args.traces or f"runs/traces-{name}.jsonl"
     folder = os.path.dirname(path) or "."
@@ -209,9 +210,9 @@ def loss_on(run, rollout, cost, *, readers, train):
                 cost_bT, entropy_bT = read(cost, rollout[batch], *readers)
                 loss = (cost_bT * rollout.mask_BT[batch]).sum() / total_tokens
             if train:
-                part.backward(loss)
+                part.backward(batch, loss)
             else:
-                part.add(loss=loss)
+                part.add(batch, loss=loss)
             rollout.entropy_BT[batch] = entropy_bT
     return plan.metrics()["loss"]
 
@@ -252,8 +253,8 @@ def main(args):
         run.lap("sample")
 
         # --- update: make the traces more likely ----------------------------------------------------------------------
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, args)
+        for weights in optimizer.param_groups:
+            weights["lr"] = learning_rate(step, args)
         loss = loss_on(run, rollout, cost, readers=readers, train=True)
         grad_norm = clip_gradients(policy, args.max_grad_norm)
         optimizer.step()

@@ -1,7 +1,7 @@
 """VEPO: vision-entropy policy optimisation, credit for the tokens that see.
 
 Why care: GRPO spreads an answer's credit over all of its tokens, though few of them look at the picture. VEPO finds
-those that do, and gives the credit to the ones where looking and hesitating meet.
+those that do, and gives the credit to tokens where the policy looks at the picture and is unsure.
 
 Paper: VEPO, arXiv 2606.03937. GRPO's advantage, but only a share k of each answer's tokens carries it. Every sampled
 answer is read twice by the policy that sampled it, once with the picture I and once with a noised picture I'. With P_t
@@ -13,33 +13,38 @@ and Q_t the next-token distributions and M = (P + Q)/2:
     weight_t = 1 for the ⌈k·|o|⌉ highest c_t of each answer, else 0                                             (4)
     L = Σ_bt weight_bt·ℓ_bt / Σ_bt weight_bt        ℓ as in grpo.py, eq. (2) and (3): GRPO's clipped loss       (5)
 
-The equation numbers are ours: the paper's own were not within reach when this was written. α balances the two visual
-signals; entropy multiplies them. (5) divides by the number of tokens kept. Distributions are over the full vocabulary,
-at the sampling temperature. Optimiser (AdamW), packed rows and everything else are grpo.py's.
+Equation numbers are ours; we could not read the paper's own. α balances the two visual signals; entropy multiplies
+them. (5) divides by the number of tokens kept. Distributions are over the full vocabulary, at the sampling temperature.
+The rest, AdamW and packed rows included, is as in grpo.py.
 
 Departures from the paper and its released code:
  1. The noise of I' is drawn once for each picture and rollout, on the normalised pixels, and is the same for the whole
     group. The released code adds it again, to the same tensor, for each of the group's 12 answers: by the last, its
     std is 2·√12, about 6.9. The paper speaks of diffusion step 500.
  2. No entropy bonus (the released code: 1e-3).
- 3. Groups whose advantages are all zero are not read: they have no gradient. Their kept tokens still count in (5).
+ 3. Groups whose advantages are all zero are not read (with --beta they are): they have no gradient. Their kept tokens
+    still count in (5).
  4. The KL term, where --beta asks for one, averages over all tokens, kept or not.
+ 5. RECIPE makes 4 updates to a rollout, as the released script says; a flag of that code doubles the batch of an
+    update when the noised reading is on, so its runs made 2. The paper trains about 160 steps, on Geometry3K and MMK12.
+ 6. --counterfactual blank, a picture of zeros, is ours. Pictures are scaled down to --max_pixels and never enlarged;
+    the released runs enlarge small ones to 262,144 pixels.
 
 --select runs the paper's baselines and ablations; --select all is grpo.py. See also VPPO (KL of the sampled token, top
 40%, divided by all tokens), PAPO, and the 80/20 rule (entropy alone: --select entropy).
 
-What the tabletop says (results/vepo.json, five seeds): entropy does miss nearly half of the tokens that look, .460, as
-the paper says. Yet keeping a fifth of the tokens learns more slowly there than keeping all: pass@1 .575 against .752.
-Those runs do not settle why. Answers are short there, some 33 tokens where a 7B writes hundreds, and k is a share: try
-another --keep before you judge.
+What the tabletop says (results/vepo.json, five seeds): entropy misses 46% of the tokens that look (paper: 41%). Yet
+keeping a fifth of the tokens learns more slowly there than keeping all: pass@1 .575 against .752. Those runs do not
+settle why. Answers are short there, some 33 tokens where a 7B writes hundreds, and k is a share: try another --keep
+before you judge.
 
 Shapes: P problems, G answers to each, B = P·G answers, T tokens of the longest, N tokens of a chunk, V vocabulary.
 
     python vepo.py                                                              a laptop, minutes
     accelerate launch vepo.py --model Qwen/Qwen2.5-VL-7B-Instruct               the paper's size, several GPUs
 
-A healthy run: as grpo.py's; jsd is well above 0 (else the policy does not look), and missed_by_entropy stays large:
-what looks is not what hesitates.
+A healthy run: as grpo.py's; jsd is well above 0 (else the policy does not look), and missed_by_entropy stays large: the
+tokens that look are not the uncertain ones.
 """
 
 from fractions import Fraction
@@ -61,9 +66,9 @@ from common import (
     trained_weights,
 )
 from harness.diagnostics import record_signals
-from harness.flags import launch
+from harness.flags import launch, not_negative, share
 from harness.run import Run, generator, learning_rate
-from harness.selections import SELECTIONS, other_score, random_scores
+from harness.selections import SELECTIONS, other_score
 from harness.sharding import clip_gradients
 from harness.updates import plan_updates
 
@@ -73,7 +78,7 @@ import torch
 
 
 def group_advantages(rewards_PG):
-    """(P, G) → (P, G). GRPO's eq. (1); exactly 0 where a group's rewards are equal, whatever fp32 says of their std."""
+    """(P, G) → (P, G). GRPO's eq. (1); exactly 0 where a group's rewards are equal, even if rounding says otherwise."""
     centred_PG = rewards_PG - rewards_PG.mean(1, keepdim=True)
     advantages_PG = centred_PG / (rewards_PG.std(1, keepdim=True) + 1e-6)
     equal_P1 = rewards_PG.amax(1, keepdim=True) == rewards_PG.amin(1, keepdim=True)  # trap: group std
@@ -96,7 +101,7 @@ def is_clipped(logp_BT, old_logp_BT, advantage_BT, epsilon, epsilon_high):
 
 
 def token_weights(mask_BT, average):
-    """(B, T) → (B, T). "token": every token counts the same; "answer": every answer does, 1/|o_b| to a token."""
+    """(B, T) → (B, T). "token": every token weighs 1. "answer": every answer does, so a token weighs 1/|o_b|."""
     if average == "token":
         return mask_BT
     return mask_BT / mask_BT.sum(1, keepdim=True)
@@ -109,7 +114,7 @@ def k3(logp_BT, ref_logp_BT):
 
 
 def adapted_beta(beta, kl, target, answers):
-    """β after a step of `answers` answers whose mean KL was `kl`: moved towards the target (Ziegler et al. 2019)."""
+    """β after a step of `answers` answers: raised if their mean KL is above the target, else lowered (Ziegler 2019)."""
     if not target:
         return beta
     error = min(max(kl / target - 1, -0.2), 0.2)
@@ -145,9 +150,9 @@ def vision_entropy_score(jsd_BT, delta_entropy_BT, entropy_BT, mask_BT, alpha):
 
 
 def top_fraction(score_BT, mask_BT, fraction):
-    """Eq. (4): (B, T) → (B, T) of 0/1. Exactly ⌈fraction·n⌉ of an answer's n tokens; of equal scores the earlier."""
+    """Eq. (4): (B, T) → (B, T) of 0/1. Exactly ⌈fraction·n⌉, at least 1, of an answer's n tokens; ties: the earlier."""
     exact = Fraction(str(fraction))  # in floats 0.28·25 is above 7, and 8 would be kept
-    kept_B1 = torch.tensor([[ceil(exact * int(n))] for n in mask_BT.sum(1)], device=mask_BT.device)
+    kept_B1 = torch.tensor([[max(1, ceil(exact * int(n)))] for n in mask_BT.sum(1)], device=mask_BT.device)
     order_BT = score_BT.masked_fill(mask_BT == 0, -torch.inf).argsort(dim=1, descending=True, stable=True)
     rank_BT = order_BT.argsort(dim=1)
     return (rank_BT < kept_B1).to(mask_BT.dtype)
@@ -183,17 +188,28 @@ TOY = dict(
 
 
 def flags(parser):
-    parser.add_argument("--epsilon", type=float, default=0.2, help="ε_low, how far the ratio may fall")
-    parser.add_argument("--epsilon_high", type=float, default=0.2, help="ε_high, how far the ratio may rise")
-    parser.add_argument("--average", choices=("token", "answer"), default="token", help="what counts the same")
-    parser.add_argument("--beta", type=float, default=0.0, help="β, weight of the KL to the starting model")
-    parser.add_argument("--kl_target", type=float, default=0.0, help="adapt β towards this KL (0: β stays)")
-    parser.add_argument("--mask_truncated", action="store_true", help="cut answers leave the loss (not the KL)")
+    parser.add_argument("--epsilon", type=not_negative, default=0.2, help="ε_low, how far the ratio may fall")
+    parser.add_argument("--epsilon_high", type=not_negative, default=0.2, help="ε_high, how far it may rise")
+    parser.add_argument("--average", choices=("token", "answer"), default="token",
+                        help="average over tokens, or over answers first")
+    parser.add_argument("--beta", type=not_negative, default=0.0, help="β, weight of the KL to the starting model")
+    parser.add_argument("--kl_target", type=not_negative, default=0.0, help="adapt β towards this KL (0: β stays)")
+    parser.add_argument("--mask_truncated", action="store_true",
+                        help="leave truncated answers out of the loss (the KL keeps them)")
     parser.add_argument("--select", choices=SELECTIONS, default="vepo", help="which score picks the tokens")
-    parser.add_argument("--keep", type=float, default=0.2, help="k, the share of an answer's tokens that is kept")
-    parser.add_argument("--alpha", type=float, default=0.7, help="α, weight of the JSD against the entropy shift")
+    parser.add_argument("--keep", type=share, default=0.2, help="k, the share of an answer's tokens that is kept")
+    parser.add_argument("--alpha", type=share, default=0.7, help="α, weight of the JSD against the entropy shift")
     parser.add_argument("--counterfactual", choices=("noise", "blank"), default="noise", help="what I' is")
-    parser.add_argument("--noise_std", type=float, default=2.0, help="standard deviation of I' noise, in pixel stds")
+    parser.add_argument("--noise_std", type=not_negative, default=2.0,
+                        help="standard deviation of the noise in I', on normalised pixels")
+
+
+def check_flags(args):
+    """UserError for flags that make no sense together."""
+    if args.num_generations < 2:
+        raise UserError(f"--num_generations is {args.num_generations}: a group needs at least 2 answers to compare")
+    if args.kl_target and not args.beta:
+        raise UserError("--kl_target adapts β, which is 0: give --beta too")
 
 
 def update(run, policy, optimizer, rollout, *, plan, advantage_BT, weight_BT, old_logp_BT, ref_logp_BT):
@@ -206,23 +222,24 @@ def update(run, policy, optimizer, rollout, *, plan, advantage_BT, weight_BT, ol
     mask_BT = rollout.mask_BT
     grad_norms = []
     for part in plan:
-        # Both normalisers are whole before the first pass: all micro-batches, all processes.  # trap: normaliser
+        # Both normalisers are summed over all passes and processes before the first pass.  # trap: normaliser
         total_weight = run.sum(weight_BT[part.answers].sum()).clamp_min(1e-6)
         total_tokens = run.sum(mask_BT[part.answers].sum())
         for batch in part:
             logp_bT = read(token_logps, rollout[batch], policy)
             old_logp_bT = logp_bT.detach() if old_logp_BT is None else old_logp_BT[batch]  # trap: ratio
-            inputs = (logp_bT, old_logp_bT, advantage_BT[batch])
-            loss_bT = policy_loss(*inputs, epsilon=args.epsilon, epsilon_high=args.epsilon_high)
-            clipped_bT = is_clipped(*inputs, epsilon=args.epsilon, epsilon_high=args.epsilon_high)
+            advantage_bT = advantage_BT[batch]
+            clip = dict(epsilon=args.epsilon, epsilon_high=args.epsilon_high)
+            loss_bT = policy_loss(logp_bT, old_logp_bT, advantage_bT, **clip)
+            clipped_bT = is_clipped(logp_bT, old_logp_bT, advantage_bT, **clip)
             loss = (loss_bT * weight_BT[batch]).sum() / total_weight
             numbers = dict(clip_fraction=(clipped_bT * weight_BT[batch]).sum() / total_weight)
             if ref_logp_BT is not None:
                 kl = (k3(logp_bT, ref_logp_BT[batch]) * mask_BT[batch]).sum() / total_tokens
                 loss = loss + run.state["beta"] * kl
                 numbers["kl"] = kl
-            part.backward(loss, **numbers)
-            part.compare(old_logp_bT, rollout[batch])
+            part.backward(batch, loss, **numbers)
+            part.compare(batch, old_logp_bT)
         grad_norms.append(clip_gradients(policy, args.max_grad_norm))
         optimizer.step()
         optimizer.zero_grad()
@@ -230,12 +247,7 @@ def update(run, policy, optimizer, rollout, *, plan, advantage_BT, weight_BT, ol
 
 
 def main(args):
-    if args.num_generations < 2:
-        raise UserError(f"--num_generations is {args.num_generations}: a group needs at least 2 answers to compare")
-    if not 0 < args.keep <= 1:
-        raise UserError(f"--keep is {args.keep}; it must be above 0 and at most 1")
-    if not 0 <= args.alpha <= 1:
-        raise UserError(f"--alpha is {args.alpha}; it must be from 0 to 1")
+    check_flags(args)
     run = Run(args)
     problems = load_problems(args.dataset)
     held_out = load_problems(args.eval_dataset)
@@ -269,10 +281,11 @@ def main(args):
         weight_BT = token_weights(mask_BT, args.average)
         if args.mask_truncated:
             weight_BT = weight_BT * rollout.finished_B[:, None]
-        moved_B = (advantages_PG != 0).any(1).repeat_interleave(args.num_generations)
+        # Unread answers only save time; what is to leave the normaliser needs weight 0.
+        read_B = (advantages_PG != 0).any(1).repeat_interleave(args.num_generations)
         if reference is not None:
-            moved_B[:] = True  # the KL moves answers without credit too
-        plan = plan_updates(run, rollout, moved_B)
+            read_B[:] = True  # with a KL every answer has a gradient
+        plan = plan_updates(run, rollout, read_B)
         # Each answer is read with I and with I', by the policy that sampled it: those log-probs are π_old's too.
         noised = counterfactual(rollout.prompts, args.counterfactual, args.noise_std, (args.seed, step))
         with torch.no_grad():
@@ -280,18 +293,17 @@ def main(args):
         score_BT = vision_entropy_score(*signals, mask_BT, alpha=args.alpha)
         if args.select != "vepo":  # the paper's baselines and ablations
             normal = [min_max(signal_BT, mask_BT) for signal_BT in signals]
-            random_BT = random_scores(rollout, (args.seed, step))
-            score_BT = other_score(args.select, *normal, alpha=args.alpha, random_BT=random_BT)
+            score_BT = other_score(args.select, rollout, normal, alpha=args.alpha, seed=(args.seed, step))
         kept_BT = mask_BT if args.select == "all" else top_fraction(score_BT, mask_BT, args.keep)
         weight_BT = weight_BT * kept_BT
 
         # --- update: move towards the answers with credit -------------------------------------------------------------
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, args)
+        for weights in optimizer.param_groups:
+            weights["lr"] = learning_rate(step, args)
+        if args.updates_per_step == 1:
+            old_logp_BT = None  # π_old is then the policy being read
         ref_logp_BT = None
         with torch.no_grad():
-            if args.updates_per_step == 1:
-                old_logp_BT = None
             if reference is not None:
                 ref_logp_BT = read(token_logps, rollout, reference, batches=plan.batches)
         metrics = update(
@@ -308,7 +320,7 @@ def main(args):
         )
         jsd_BT, delta_entropy_BT, entropy_BT = signals
         named = dict(jsd=jsd_BT, delta_entropy=delta_entropy_BT, entropy=entropy_BT, score=score_BT, kept=kept_BT)
-        metrics |= record_signals(run, processor.tokenizer, rollout, moved_B, signals=named, top=top_fraction)
+        metrics |= record_signals(run, processor.tokenizer, rollout, read_B, signals=named, top=top_fraction)
         if reference is not None:
             metrics["beta"] = run.state["beta"]
             answers = args.prompts_per_step * args.num_generations

@@ -9,11 +9,11 @@ Paper: GSPO, arXiv 2507.18071. Everything is grpo.py's but the ratio, which is t
     ℓ_b = −min(ρ_b·A_b, clip(ρ_b, 1 − ε_low, 1 + ε_high)·A_b),     L = mean over answers of ℓ_b                  (3')
 
 ρ_b stands at every token of its answer, and --average answer (each token counts 1/|o_b|) makes (4) of grpo.py the mean
-over answers. Numbers with a dash replace grpo.py's; the paper's own were not within reach when this was written.
+over answers. Numbers with a dash replace grpo.py's; we could not read the paper's own.
 
 Changes on purpose: policy_loss, is_clipped, update.
 
-Departures from the paper: 1. to 5. of grpo.py, but for 1: the mean over answers is the paper's. ε_low = 3e-4 and
+Departures from the paper: 2. to 6. of grpo.py. ε_low = 3e-4 and
 ε_high = 4e-4 are the paper's; on the tabletop, whose learning rate is larger, they are ten times that, which is ours.
 
 Shapes: as in grpo.py.
@@ -44,7 +44,7 @@ from common import (
     token_logps,
     trained_weights,
 )
-from harness.flags import launch
+from harness.flags import launch, not_negative
 from harness.run import Run, learning_rate
 from harness.sharding import clip_gradients
 from harness.updates import plan_updates
@@ -55,7 +55,7 @@ import torch
 
 
 def group_advantages(rewards_PG):
-    """(P, G) → (P, G). GRPO's eq. (1); exactly 0 where a group's rewards are equal, whatever fp32 says of their std."""
+    """(P, G) → (P, G). GRPO's eq. (1); exactly 0 where a group's rewards are equal, even if rounding says otherwise."""
     centred_PG = rewards_PG - rewards_PG.mean(1, keepdim=True)
     advantages_PG = centred_PG / (rewards_PG.std(1, keepdim=True) + 1e-6)
     equal_P1 = rewards_PG.amax(1, keepdim=True) == rewards_PG.amin(1, keepdim=True)  # trap: group std
@@ -84,7 +84,7 @@ def is_clipped(logp_BT, old_logp_BT, advantage_BT, mask_BT, *, epsilon, epsilon_
 
 
 def token_weights(mask_BT, average):
-    """(B, T) → (B, T). "token": every token counts the same; "answer": every answer does, 1/|o_b| to a token."""
+    """(B, T) → (B, T). "token": every token weighs 1. "answer": every answer does, so a token weighs 1/|o_b|."""
     if average == "token":
         return mask_BT
     return mask_BT / mask_BT.sum(1, keepdim=True)
@@ -97,7 +97,7 @@ def k3(logp_BT, ref_logp_BT):
 
 
 def adapted_beta(beta, kl, target, answers):
-    """β after a step of `answers` answers whose mean KL was `kl`: moved towards the target (Ziegler et al. 2019)."""
+    """β after a step of `answers` answers: raised if their mean KL is above the target, else lowered (Ziegler 2019)."""
     if not target:
         return beta
     error = min(max(kl / target - 1, -0.2), 0.2)
@@ -118,12 +118,22 @@ TOY = dict(
 
 
 def flags(parser):
-    parser.add_argument("--epsilon", type=float, default=0.2, help="ε_low, how far the ratio may fall")
-    parser.add_argument("--epsilon_high", type=float, default=0.2, help="ε_high, how far the ratio may rise")
-    parser.add_argument("--average", choices=("token", "answer"), default="token", help="what counts the same")
-    parser.add_argument("--beta", type=float, default=0.0, help="β, weight of the KL to the starting model")
-    parser.add_argument("--kl_target", type=float, default=0.0, help="adapt β towards this KL (0: β stays)")
-    parser.add_argument("--mask_truncated", action="store_true", help="cut answers leave the loss (not the KL)")
+    parser.add_argument("--epsilon", type=not_negative, default=0.2, help="ε_low, how far the ratio may fall")
+    parser.add_argument("--epsilon_high", type=not_negative, default=0.2, help="ε_high, how far it may rise")
+    parser.add_argument("--average", choices=("token", "answer"), default="token",
+                        help="average over tokens, or over answers first")
+    parser.add_argument("--beta", type=not_negative, default=0.0, help="β, weight of the KL to the starting model")
+    parser.add_argument("--kl_target", type=not_negative, default=0.0, help="adapt β towards this KL (0: β stays)")
+    parser.add_argument("--mask_truncated", action="store_true",
+                        help="leave truncated answers out of the loss (the KL keeps them)")
+
+
+def check_flags(args):
+    """UserError for flags that make no sense together."""
+    if args.num_generations < 2:
+        raise UserError(f"--num_generations is {args.num_generations}: a group needs at least 2 answers to compare")
+    if args.kl_target and not args.beta:
+        raise UserError("--kl_target adapts β, which is 0: give --beta too")
 
 
 def update(run, policy, optimizer, rollout, *, plan, advantage_BT, weight_BT, old_logp_BT, ref_logp_BT):
@@ -136,23 +146,24 @@ def update(run, policy, optimizer, rollout, *, plan, advantage_BT, weight_BT, ol
     mask_BT = rollout.mask_BT
     grad_norms = []
     for part in plan:
-        # Both normalisers are whole before the first pass: all micro-batches, all processes.  # trap: normaliser
+        # Both normalisers are summed over all passes and processes before the first pass.  # trap: normaliser
         total_weight = run.sum(weight_BT[part.answers].sum()).clamp_min(1e-6)
         total_tokens = run.sum(mask_BT[part.answers].sum())
         for batch in part:
             logp_bT = read(token_logps, rollout[batch], policy)
             old_logp_bT = logp_bT.detach() if old_logp_BT is None else old_logp_BT[batch]  # trap: ratio
-            inputs = (logp_bT, old_logp_bT, advantage_BT[batch], mask_BT[batch])
-            loss_bT = policy_loss(*inputs, epsilon=args.epsilon, epsilon_high=args.epsilon_high)
-            clipped_bT = is_clipped(*inputs, epsilon=args.epsilon, epsilon_high=args.epsilon_high)
+            advantage_bT = advantage_BT[batch]
+            clip = dict(epsilon=args.epsilon, epsilon_high=args.epsilon_high)
+            loss_bT = policy_loss(logp_bT, old_logp_bT, advantage_bT, mask_BT[batch], **clip)
+            clipped_bT = is_clipped(logp_bT, old_logp_bT, advantage_bT, mask_BT[batch], **clip)
             loss = (loss_bT * weight_BT[batch]).sum() / total_weight
             numbers = dict(clip_fraction=(clipped_bT * weight_BT[batch]).sum() / total_weight)
             if ref_logp_BT is not None:
                 kl = (k3(logp_bT, ref_logp_BT[batch]) * mask_BT[batch]).sum() / total_tokens
                 loss = loss + run.state["beta"] * kl
                 numbers["kl"] = kl
-            part.backward(loss, **numbers)
-            part.compare(old_logp_bT, rollout[batch])
+            part.backward(batch, loss, **numbers)
+            part.compare(batch, old_logp_bT)
         grad_norms.append(clip_gradients(policy, args.max_grad_norm))
         optimizer.step()
         optimizer.zero_grad()
@@ -160,8 +171,7 @@ def update(run, policy, optimizer, rollout, *, plan, advantage_BT, weight_BT, ol
 
 
 def main(args):
-    if args.num_generations < 2:
-        raise UserError(f"--num_generations is {args.num_generations}: a group needs at least 2 answers to compare")
+    check_flags(args)
     run = Run(args)
     problems = load_problems(args.dataset)
     held_out = load_problems(args.eval_dataset)
@@ -195,15 +205,17 @@ def main(args):
         weight_BT = token_weights(mask_BT, args.average)
         if args.mask_truncated:
             weight_BT = weight_BT * rollout.finished_B[:, None]
-        moved_B = (advantages_PG != 0).any(1).repeat_interleave(args.num_generations)
+        # Unread answers only save time; what is to leave the normaliser needs weight 0.
+        read_B = (advantages_PG != 0).any(1).repeat_interleave(args.num_generations)
         if reference is not None:
-            moved_B[:] = True  # the KL moves answers without credit too
-        plan = plan_updates(run, rollout, moved_B)
+            read_B[:] = True  # with a KL every answer has a gradient
+        plan = plan_updates(run, rollout, read_B)
 
         # --- update: move towards the answers with credit -------------------------------------------------------------
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, args)
-        old_logp_BT, ref_logp_BT = None, None
+        for weights in optimizer.param_groups:
+            weights["lr"] = learning_rate(step, args)
+        old_logp_BT = None
+        ref_logp_BT = None
         with torch.no_grad():
             if args.updates_per_step > 1:  # π_old is the policy before the first of the updates, not before each
                 old_logp_BT = read(token_logps, rollout, policy, batches=plan.batches)

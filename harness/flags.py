@@ -4,7 +4,7 @@ A value is looked up in these places, and the first that has it wins:
 
     command line    what the user asked for
     tabletop        the script's TOY, only with a model of the tabletop
-    paper           the script's RECIPE
+    recipe          the script's RECIPE: the paper's settings, where it gives them
     script          the default of a flag of the script's own
     world           the tables below
 
@@ -20,7 +20,6 @@ from functools import cache
 from pathlib import Path
 
 import torch.distributed as dist
-from tqdm import tqdm
 
 
 class UserError(Exception):
@@ -103,13 +102,29 @@ def at_least(least: int) -> Callable[[str], int]:
     return whole_number
 
 
+def not_negative(text: str) -> float:
+    """The type of a flag that takes numbers from 0 on."""
+    value = float(text)
+    if not value >= 0:
+        raise argparse.ArgumentTypeError(f"{text} is too small; it must be at least 0")
+    return value
+
+
+def share(text: str) -> float:
+    """The type of a flag that takes numbers from 0 to 1."""
+    value = float(text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is no share; it must be from 0 to 1")
+    return value
+
+
 def add_flag(parser: argparse.ArgumentParser, flag: Flag):
     if isinstance(flag.default, bool):
         kind = dict(action=argparse.BooleanOptionalAction)
     elif isinstance(flag.default, int):
         kind = dict(type=at_least(flag.least))
     elif isinstance(flag.default, float):
-        kind = dict(type=float)
+        kind = dict(type=not_negative)
     else:
         kind = dict(type=str, choices=flag.choices)
     parser.add_argument(f"--{flag.name}", default=flag.default, help=flag.help, **kind)
@@ -157,10 +172,13 @@ def parse_args(
     values = {}
     sources = {}
     model = given.get("model", world["model"])
-    layers = {"world": world, "script": own, "paper": recipe or {}, "tabletop": {}, "command line": given}
+    layers = {"world": world, "script": own, "recipe": recipe or {}, "tabletop": {}, "command line": given}
     if is_toy(model):
         layers["tabletop"] = toy or {}
     for source, layer in layers.items():
+        unknown = sorted(name for name in layer if name not in {**world, **own})
+        if unknown:
+            raise ValueError(f"{source} names {unknown[0]}, which is no flag of {script}.py")
         for name, value in layer.items():
             values[name] = value
             sources[name] = source
@@ -195,7 +213,7 @@ def launch(script: str, main: Callable, flags: Callable, **settings):
     except UserError as error:
         rank = int(os.environ.get("RANK", 0))
         who = f" (rank {rank})" if rank else ""
-        tqdm.write(f"error{who}: {error}", file=sys.stderr)  # on a line of its own, above the progress bar
+        print(f"error{who}: {error}", file=sys.stderr)
         sys.exit(2)
     finally:
         if dist.is_initialized():

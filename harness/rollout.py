@@ -4,6 +4,7 @@ Shape letters: P problems, G answers to each, B answers in all, T answer tokens,
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Sequence
 
@@ -64,11 +65,13 @@ class Rollout:
 
     def __getitem__(self, index_b: torch.Tensor) -> "Rollout":
         """The rollout of these answers alone. Its prompts stay whole, so that group_B goes on naming them."""
+        if isinstance(index_b, torch.Tensor):
+            index_b = index_b.cpu()
+        places = torch.arange(len(self))[index_b]
         parts = {}
         for name in ("group_B", "tokens_BT", "mask_BT", "logp_BT", "entropy_BT", "finished_B"):
             column = getattr(self, name)
-            parts[name] = column[index_b.to(column.device)]
-        places = torch.arange(len(self))[index_b.cpu()]  # also of a mask of answers  # trap: regrouped subset
+            parts[name] = column[places.to(column.device)]
         return dataclasses.replace(self, texts=[self.texts[b] for b in places.tolist()], **parts)
 
     @property
@@ -94,6 +97,8 @@ class Rollout:
         UserError where a reward is no finite number; ValueError where the answers are no whole groups of one size.
         """
         groups = list(self.groups().values())
+        if not groups:
+            return torch.zeros(0, 0, device=self.mask_BT.device)
         in_order = [b for group in groups for b in group] == list(range(len(self)))
         if not in_order or len({len(group) for group in groups}) > 1:  # trap: regrouped subset
             raise ValueError("these answers are not groups of one size, one after the other: score the whole rollout "
@@ -103,7 +108,7 @@ class Rollout:
             scores.append(float(fn(problem, text)))
             if not math.isfinite(scores[-1]):  # trap: group std
                 raise UserError(f"the reward of an answer to problem {problem['id']} is {scores[-1]}: change "
-                                f"{fn.__name__}, a reward is a finite number")
+                                f"{name_of(fn)}, a reward is a finite number")
         return torch.tensor(scores, device=self.mask_BT.device).view(len(groups), -1)
 
     def samples(self, rewards_B: torch.Tensor, count: int = 4) -> list[dict]:
@@ -126,9 +131,17 @@ class Rollout:
         )
 
 
+def name_of(fn: Callable) -> str:
+    """What a function is called, also where some of its arguments are already given."""
+    return name_of(fn.func) if isinstance(fn, functools.partial) else fn.__name__
+
+
 def select_groups(rollout: Rollout, places: Sequence[int]) -> Rollout:
     """The rollout of some problems alone, with all their answers; `places` are places in rollout.prompts."""
     groups = rollout.groups()
+    empty = [p for p in places if p not in groups]
+    if empty:
+        raise ValueError(f"the problems at {empty} have no answers in this rollout")
     chosen = rollout[torch.tensor([b for p in places for b in groups[p]], dtype=torch.long)]
     chosen.prompts = rollout.prompts.take(places)
     chosen.group_B = torch.tensor([number for number, p in enumerate(places) for _ in groups[p]], dtype=torch.long)

@@ -16,12 +16,10 @@ import json
 import math
 import os
 import shutil
-import signal
 import sys
 import time
 import warnings
 from argparse import Namespace
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -50,7 +48,8 @@ class Run:
 
     rank and world: which process this is, of how many. device: where tensors live. is_main: whether this is the first
     process, the one that writes. sharded: whether models are split over processes. done: the last finished step.
-    state: numbers of the script's own that --resume must bring back.
+    state: numbers of the script's own, set before start; --resume brings back what
+    they were.
     """
 
     def __init__(self, args: Namespace):
@@ -70,8 +69,6 @@ class Run:
         self.device = self.accelerator.device
         self.is_main = self.accelerator.is_main_process
         self.sharded = self.world > 1 or self.device.type != "cpu"
-        self.asked_to_end = False
-        signal.signal(signal.SIGTERM, self.note_sigterm)
         self.set_up_processes()
         self.check_shares()
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # a checkpoint of one CPU process
@@ -86,10 +83,6 @@ class Run:
         if self.device.type == "cuda" and not dist.is_initialized():
             # fully_shard wants a process group, even for one process
             dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1)
-
-    def note_sigterm(self, number: int, frame: object):
-        """A job scheduler asks the run to end: it does so behind the present step."""
-        self.asked_to_end = True
 
     def check_shares(self):
         """UserError unless every process and every update of a step gets equally many problems."""
@@ -185,17 +178,6 @@ class Run:
             self.laps = {}
             self.began = self.clock = time.perf_counter()
             yield step
-            if any(self.gather(self.asked_to_end)):
-                self.leave(step)
-
-    def leave(self, step: int):
-        """Ends the process with status 0, behind a checkpoint that --resume goes on from."""
-        if step not in self.checkpoints():
-            self.save_checkpoint(step)
-        self.bar.close()
-        self.say(f"asked to end: checkpoint-{step} is saved; the same command with --resume goes on")
-        self.accelerator.end_training()
-        raise SystemExit(0)
 
     def stop(self):
         """Makes the present step the last one. A checkpoint remembers it."""
@@ -317,10 +299,13 @@ class Run:
         """The rows of a file that have this key, of problems that have `each` of them."""
         try:
             rows = [row for row in self.read_lines(path) if key.items() <= row.items()]
-            counts = Counter(row["id"] for row in rows)
+            rows_of = {}
+            for row in rows:
+                rows_of.setdefault(row["id"], []).append(row)
         except (OSError, ValueError, AttributeError, KeyError) as error:
             raise UserError(f"{path} is no file of answers ({error}); move it away or name another") from None
-        return [row for row in rows if counts[row["id"]] >= each]
+        # Behind rows that a kill cut short stand the same answers again, whole.
+        return [row for theirs in rows_of.values() if len(theirs) >= each for row in theirs[-each:]]
 
     # --- checkpoints: the same numbers after a kill at any moment ---
 
@@ -334,7 +319,7 @@ class Run:
         weights, moments = get_state_dict(self.policy, self.optimizer)
         dcp.save(dict(weights=weights, moments=moments), checkpoint_id=temporary)
         if self.is_main:
-            write_atomically(os.path.join(temporary, "state.json"), json.dumps([step, self.state]))
+            write_atomically(os.path.join(temporary, "state.json"), json.dumps([step, self.state], default=float))
             older = self.checkpoints()
             os.rename(temporary, final)
             self.remove_checkpoints(older)
@@ -414,10 +399,15 @@ def write_rows(path: str | Path, rows: Iterable[dict]):
     write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
+def seed_of(*key: object) -> int:
+    """A seed that depends on `key` alone."""
+    digest = hashlib.blake2b(json.dumps(key).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
 def generator(*key: object) -> torch.Generator:
     """A torch.Generator on the CPU that depends on `key` alone: randomness has no state to save or to share."""
-    digest = hashlib.blake2b(json.dumps(key).encode(), digest_size=8).digest()  # trap: seeds
-    return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
+    return torch.Generator().manual_seed(seed_of(*key))  # trap: seeds
 
 
 def bootstrap(values_P: Sequence[float], draws: int = 10_000, seed: int = 0) -> tuple[float, float, float]:

@@ -4,6 +4,8 @@ Each is made of the three signals of vepo.py, scaled to [0, 1] within each answe
 noised picture makes, d the change of entropy, h the entropy.
 """
 
+from collections.abc import Sequence
+
 from harness.rollout import Rollout
 from harness.run import generator
 
@@ -13,15 +15,16 @@ SELECTIONS = ("vepo", "all", "entropy", "jsd", "delta_entropy", "random", "ungat
 
 
 def other_score(
-    select: str, j_BT: torch.Tensor, d_BT: torch.Tensor, h_BT: torch.Tensor, *, alpha: float, random_BT: torch.Tensor,
+    select: str, rollout: Rollout, signals: Sequence[torch.Tensor], *, alpha: float, seed: tuple,
 ) -> torch.Tensor:
-    """The baselines and ablations of the paper: (B, T) each → (B, T)."""
+    """The baselines and ablations of the paper: the signals j, d, h, each (B, T), → (B, T)."""
+    j_BT, d_BT, h_BT = signals
     scores = {
         "all": h_BT,  # kept whole, whatever the score: this is grpo.py
         "entropy": h_BT,
         "jsd": j_BT,
         "delta_entropy": d_BT,
-        "random": random_BT,
+        "random": random_scores(rollout, seed),
         "ungated": 1 - (1 - j_BT) ** alpha * (1 - d_BT) ** (1 - alpha),
         "linear": (alpha * j_BT + (1 - alpha) * d_BT) * h_BT,
         "product": j_BT * d_BT * h_BT,

@@ -67,9 +67,9 @@ def clip_gradients(model: torch.nn.Module, most: float) -> float:
     norm = float(total.full_tensor() if isinstance(total, DTensor) else total)
     if not math.isfinite(norm):  # before scaling, which would make every weight's NaN  # trap: false cause
         broken = [name for name, weight in model.named_parameters() if not is_finite(weight.grad)]
-        where = f"first in {broken[0]}" if broken else "though every weight's is finite"
-        raise UserError(f"the gradient has norm {norm}, {where}, and all losses were finite: it overflowed on its way "
-                        "back; lower --learning_rate if the loss was growing")
+        where = f"first in {broken[0]}" if broken else "though every part of it on this process is finite"
+        raise UserError(f"the gradient has norm {norm}, {where}, and every loss was finite: a formula has no finite "
+                        "slope there (√x or log x at 0), or the backward pass overflowed")
     torch.nn.utils.clip_grads_with_norm_(model.parameters(), most, total)
     return norm
 

@@ -4,7 +4,7 @@
     for update in plan:                    one optimiser update
         for batch in update:               one forward pass: the answers in it, as an index
             loss = ...                     this pass's part of a sum over all passes and processes
-            update.backward(loss, kl=kl)
+            update.backward(batch, loss, kl=kl)
 
 Every process makes as many passes as every other, because sharded weights are gathered by all of them together. A pass
 that only keeps a process in step reads real answers too, so no formula of a script ever meets an empty mask; `backward`
@@ -26,38 +26,45 @@ class Update:
     answers: the slice of the rollout that this update is about, whether its answers are read or not.
     """
 
-    def __init__(self, run: Run, answers: slice, batches: list[torch.Tensor], real: int, sums: dict):
+    def __init__(
+        self, run: Run, rollout: Rollout, answers: slice, *, batches: list[torch.Tensor], real: int, sums: dict,
+    ):
         self.run = run
+        self.rollout = rollout
         self.answers = answers
         self.batches = batches
         self.real = real  # how many of the batches count; the others keep this process in step
         self.sums = sums
 
     def __iter__(self) -> Iterator[torch.Tensor]:
-        for number, index_b in enumerate(self.batches):
-            self.counts = number < self.real
-            yield index_b
+        return iter(self.batches)
 
-    def backward(self, loss: torch.Tensor, **numbers: torch.Tensor):
-        """Adds the gradient of `loss`, this pass's part of a sum over all passes and processes, and its numbers."""
+    def counts(self, batch: torch.Tensor) -> bool:
+        """Whether a pass is one of this update's own, or only keeps this process in step."""
+        return any(batch is own for own in self.batches[:self.real])
+
+    def backward(self, batch: torch.Tensor, loss: torch.Tensor, **numbers: torch.Tensor):
+        """Adds the gradient of a pass's `loss`, its part of a sum over all passes and processes, and its numbers."""
         if not loss.isfinite():  # trap: false cause
-            raise UserError(f"step {self.run.step}: the loss is {loss.item()}, though all that was read is finite: "
-                            "look at advantages, weights and normalisers")
+            ids = sorted({problem["id"] for problem in self.rollout[batch].problems})
+            raise UserError(f"step {self.run.step}: the loss is {loss.item()} at answers to {', '.join(ids)}, though "
+                            "all that was read is finite: look at advantages, weights and normalisers")
         # Sharded gradients are averaged over the processes, but the loss is a sum over them.  # trap: normaliser
-        scale = self.run.world if self.counts else 0.0  # trap: padding pass
+        scale = self.run.world if self.counts(batch) else 0.0  # trap: padding pass
         (loss * scale).backward()
-        self.add(loss=loss, **numbers)
+        self.add(batch, loss=loss, **numbers)
 
-    def add(self, **numbers: torch.Tensor):
-        """Adds numbers of this pass to the sums of the step."""
+    def add(self, batch: torch.Tensor, **numbers: torch.Tensor):
+        """Adds numbers of a pass to the sums of the step."""
         for name, number in numbers.items():
             before = self.sums.get(name, 0.0)
-            self.sums[name] = before + number.detach() if self.counts else before
+            self.sums[name] = before + number.detach() if self.counts(batch) else before
 
-    def compare(self, logp_bT: torch.Tensor, sampled: Rollout):
-        """Compares what was read of this pass's answers with what the sampler gave: the metric sampler_gap."""
+    def compare(self, batch: torch.Tensor, logp_bT: torch.Tensor):
+        """Compares what was read of a pass's answers with what the sampler gave: the metric sampler_gap."""
+        sampled = self.rollout[batch]
         gap_bT = (logp_bT.detach() - sampled.logp_BT).abs() * sampled.mask_BT
-        self.add(gap=gap_bT.sum(), compared=sampled.mask_BT.sum())
+        self.add(batch, gap=gap_bT.sum(), compared=sampled.mask_BT.sum())
 
 
 class Plan:
@@ -94,6 +101,7 @@ def plan_updates(run: Run, rollout: Rollout, read_B: torch.Tensor | None = None)
     read_B: the answers that are to be read, bool (default: all). An update without any on this process reads one
     answer of its own all the same: the other processes wait for its part of every weight.
     """
+    check_whole_groups(run, rollout)
     if read_B is None:
         read_B = torch.ones(len(rollout), dtype=torch.bool)
     read_B = read_B.cpu()
@@ -105,10 +113,26 @@ def plan_updates(run: Run, rollout: Rollout, read_B: torch.Tensor | None = None)
         if not batches:
             batches = [part_b[:1]]
         most = max(run.gather(len(batches)))
-        batches += [batches[-1]] * (most - len(batches))
+        while len(batches) < most:
+            batches.append(batches[-1].clone())
         answers = slice(int(part_b[0]), int(part_b[-1]) + 1)
-        updates.append(Update(run, answers, batches, real=real, sums=sums))
+        updates.append(Update(run, rollout, answers, batches=batches, real=real, sums=sums))
     return Plan(run, updates, sums)
+
+
+def check_whole_groups(run: Run, rollout: Rollout):
+    """ValueError where the updates would cut a group, or be fewer on one process than on another."""
+    here = [len(answers) for answers in rollout.groups().values()]
+    if not here:
+        raise ValueError("a rollout without answers cannot be trained on")
+    if run.args.updates_per_step == 1:
+        return
+    everywhere = run.gather(here)
+    sizes = {size for theirs in everywhere for size in theirs}
+    counts = {len(theirs) for theirs in everywhere}
+    if len(sizes) != 1 or len(counts) != 1 or len(here) % run.args.updates_per_step:
+        raise ValueError("an update needs whole groups of one size, equally many on every process: leave answers "
+                         "unread with read_B, or choose as many groups everywhere with select_groups")
 
 
 def micro_batches(rollout: Rollout, answers: Iterable[int], size: int) -> list[torch.Tensor]:

@@ -22,7 +22,7 @@ from harness.flags import Parser
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 
-SCRIPTS = ("sft", "opd", "grpo", "vepo", "mupo", "eval_passk")
+SCRIPTS = tuple(sorted(path.stem for path in ROOT.glob("*.py") if path.stem != "common"))
 FLOORS = ("harness", "common", "tabletop", "scripts", "forks", "lab")  # from the ground up
 # An import: the module it stands in, the module it names, its line, and the function it stands in (None: at the top).
 Arrow = namedtuple("Arrow", "source target line function")

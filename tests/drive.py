@@ -3,7 +3,6 @@ compare: every gradient (gathered), every answer. `python tests/drive.py grpo --
 
 LOGITS=16384 makes small chunks of the head's positions.
 KILL_AT=3 ends the process with SIGKILL once the line of step 3 is written; KILL_AT=checkpoint while a checkpoint is.
-TERM_AT=3 sends SIGTERM, which asks it to end, to the first process at the same moment.
 """
 
 import importlib
@@ -42,8 +41,6 @@ class Run(harness.run.Run):
         super().log(step, *args, **kwargs)
         if os.environ.get("KILL_AT") == str(step):
             die()
-        if os.environ.get("TERM_AT") == str(step) and self.is_main:
-            os.kill(os.getpid(), signal.SIGTERM)
 
 
 class Watch:

@@ -14,14 +14,15 @@ from harness.flags import parse_args
 from harness.rollout import Prompts, Rollout
 from harness.run import Run
 from harness.updates import plan_updates
-from lab import bench
+from lab import bench, report
 
+import numpy as np
 import pytest
 import torch
-from conftest import ROOT, run_script
-from drive import even_length, go
+from conftest import ROOT
+from drive import even_length
 from references import draw, finite_differences
-from whole_runs import SMALL, Recorded, drive, drive_watching, gradient, metrics
+from whole_runs import Recorded, drive, drive_watching, gradient, metrics, no_page
 
 # --- sums, answer by answer and token by token ------------------------------------------------------------------------
 
@@ -42,41 +43,41 @@ def clipped_term(ratio, advantage, epsilon, epsilon_high):
 def gspo_by_hand(logps, old_logps, advantages, epsilon, epsilon_high):
     """The mean over answers: one ratio and one clip for each, the n-th root of the product over its n tokens."""
     losses = []
-    clipped = 0
+    clipped = []
     for logp_T, old_logp_T, advantage in zip(logps, old_logps, advantages, strict=True):
         product = 1.0
         for logp, old_logp in zip(logp_T, old_logp_T, strict=True):
             product *= math.exp(logp) / math.exp(old_logp)
         loss, is_clipped = clipped_term(product ** (1 / len(logp_T)), advantage, epsilon, epsilon_high)
         losses.append(loss)
-        clipped += is_clipped
-    return sum(losses) / len(losses), clipped / len(losses)
+        clipped.append(is_clipped)
+    return sum(losses) / len(losses), clipped.count(True) / len(losses)
 
 
-def sum_over_tokens(logps, old_logps, advantages, epsilon, epsilon_high):
-    """A ratio and a clip for each token: the sum of the losses, how many are clipped, how many tokens there are."""
-    total = 0.0
-    clipped = 0
-    tokens = 0
+def terms_of_tokens(logps, old_logps, advantages, epsilon, epsilon_high):
+    """A ratio and a clip for each token: the losses of all tokens, and how many are clipped."""
+    losses = []
+    clipped = []
     for logp_T, old_logp_T, advantage in zip(logps, old_logps, advantages, strict=True):
         for logp, old_logp in zip(logp_T, old_logp_T, strict=True):
-            loss, is_clipped = clipped_term(math.exp(logp) / math.exp(old_logp), advantage, epsilon, epsilon_high)
-            total += loss
-            clipped += is_clipped
-            tokens += 1
-    return total, clipped, tokens
+            ratio = math.exp(logp) / math.exp(old_logp)
+            loss, is_clipped = clipped_term(ratio, advantage, epsilon, epsilon_high)
+            losses.append(loss)
+            clipped.append(is_clipped)
+    return losses, clipped.count(True)
 
 
 def dapo_by_hand(*inputs):
     """The mean over the tokens that there are."""
-    total, clipped, tokens = sum_over_tokens(*inputs)
-    return total / tokens, clipped / tokens
+    losses, clipped = terms_of_tokens(*inputs)
+    return sum(losses) / len(losses), clipped / len(losses)
 
 
 def dr_grpo_by_hand(logps, *others):
     """Every answer counts as many tokens as it might have had."""
-    total, clipped, _ = sum_over_tokens(logps, *others)
-    return total / (len(logps) * LIMIT), clipped / (len(logps) * LIMIT)
+    losses, clipped = terms_of_tokens(logps, *others)
+    places = len(logps) * LIMIT
+    return sum(losses) / places, clipped / places
 
 
 # --- one update, of tokens that are nothing but numbers ---------------------------------------------------------------
@@ -162,6 +163,19 @@ def rows_of(numbers, answers):
     return [numbers[5 * b:5 * b + LENGTHS[b]] for b in answers]
 
 
+def written_out(by_hand, answers, *, logp_BT, old_logp_BT, epsilons):
+    """Loss, share of what is clipped, and gradient (12, 5) of an update of some answers, without a tensor's formula."""
+    old_logps = rows_of(old_logp_BT.flatten().tolist(), answers)
+    advantages = [ADVANTAGES[b] for b in answers]
+
+    def loss_and_share(numbers):
+        return by_hand(rows_of(numbers, answers), old_logps, advantages, *epsilons)
+
+    loss, share = loss_and_share(logp_BT.flatten().tolist())
+    slopes_BT = finite_differences(lambda numbers: loss_and_share(numbers)[0], logp_BT)
+    return loss, share, slopes_BT
+
+
 @pytest.mark.parametrize("size", [2, 3, 12])
 @pytest.mark.parametrize("script, by_hand, average, epsilons", [
     (gspo, gspo_by_hand, "answer", (0.10, 0.15)),
@@ -170,29 +184,23 @@ def rows_of(numbers, answers):
 ])
 def test_loss_and_gradient_are_those_written_by_hand(tmp_path, script, by_hand, average, epsilons, size):
     """Two updates of six answers, whatever the forward passes; answers without credit are not read, but counted."""
-    logp_BT = random_table(0) - 2
+    logp_BT = random_table(0)
     old_logp_BT = logp_BT + random_table(1, scale=0.4)
     numbers, found = updates_of_table(
-        script, tmp_path, logp_BT=logp_BT * invented().mask_BT, old_logp_BT=old_logp_BT * invented().mask_BT,
-        average=average, epsilon=epsilons[0], epsilon_high=epsilons[1], micro_batch_size=size, updates_per_step=2)
-
+        script, tmp_path, logp_BT=logp_BT, old_logp_BT=old_logp_BT, average=average, epsilon=epsilons[0],
+        epsilon_high=epsilons[1], micro_batch_size=size, updates_per_step=2)
     losses = []
-    clipped = []
+    shares = []
     for slopes_BT, answers in zip(found, (range(6), range(6, 12)), strict=True):
-        others = (rows_of(old_logp_BT.flatten().tolist(), answers), [ADVANTAGES[b] for b in answers], *epsilons)
-
-        def loss_and_clipped(values, answers=answers, others=others):
-            return by_hand(rows_of(values, answers), *others)
-
-        loss, share = loss_and_clipped(logp_BT.flatten().tolist())
-        losses.append(loss)
-        clipped.append(share)
-        expected_BT = finite_differences(lambda values: loss_and_clipped(values)[0], logp_BT)  # noqa: B023
+        loss, share, expected_BT = written_out(
+            by_hand, answers, logp_BT=logp_BT, old_logp_BT=old_logp_BT, epsilons=epsilons)
         assert expected_BT.abs().max() > 1e-3
         assert (slopes_BT - expected_BT).abs().max() < 1e-7
-    assert max(clipped) > 0
+        losses.append(loss)
+        shares.append(share)
+    assert max(shares) > 0
     assert numbers["loss"] == pytest.approx(statistics.mean(losses), rel=1e-6)
-    assert numbers["clip_fraction"] == pytest.approx(statistics.mean(clipped), rel=1e-6)
+    assert numbers["clip_fraction"] == pytest.approx(statistics.mean(shares), rel=1e-6)
 
 
 # --- GSPO -------------------------------------------------------------------------------------------------------------
@@ -213,12 +221,16 @@ def test_gspo_clips_an_answer_whole(ratio, advantage):
     weighted = (loss * gspo.token_weights(mask, "answer")).sum()
     weighted.backward()
 
-    expected, is_clipped = clipped_term(ratio, advantage, 0.05, 0.06)
-    assert is_clipped == (ratio in {1.07, 2.0} and advantage > 0) or (ratio in {0.5, 0.94} and advantage < 0)
-    slope = 0.0 if is_clipped else -advantage * ratio / 2  # of each of the two tokens
+    if advantage > 0 and ratio > 1.06:
+        expected, slope = -advantage * 1.06, 0.0
+    elif advantage < 0 and ratio < 0.95:
+        expected, slope = -advantage * 0.95, 0.0
+    else:
+        expected, slope = -advantage * ratio, -advantage * ratio / 2  # half of it at each of the two tokens
     assert weighted.item() == pytest.approx(expected, abs=1e-12)
     assert logp.grad[0].tolist() == pytest.approx([slope, slope, 0.0], abs=1e-12)
-    assert gspo.is_clipped(*inputs, epsilon=0.05, epsilon_high=0.06)[0, 0].item() == is_clipped
+    clipped = gspo.is_clipped(*inputs, epsilon=0.05, epsilon_high=0.06)
+    assert clipped[0, :2].tolist() == [float(slope == 0)] * 2
 
 
 def test_gspo_begins_as_grpo_with_the_mean_over_answers(tmp_path):
@@ -285,7 +297,7 @@ def penalty_by_hand(length, longest, cache):
 
 def test_overlong_penalty_at_its_corners():
     """A limit of 100 tokens, of which the last 20 cost."""
-    corners = {1: 0.0, 79: 0.0, 80: 0.0, 81: -0.05, 90: -0.5, 95: -0.75, 99: -0.95, 100: -1.0}
+    corners = {1: 0.0, 79: 0.0, 80: 0.0, 81: -0.05, 90: -0.5, 95: -0.75, 99: -0.95, 100: -1.0, 130: -1.0}
     penalties_B = dapo.overlong_penalty(torch.tensor([float(n) for n in corners]), 100, 20)
     assert penalties_B.tolist() == pytest.approx(list(corners.values()), abs=1e-6)
     assert [penalty_by_hand(length, 100, 20) for length in corners] == pytest.approx(list(corners.values()))
@@ -326,6 +338,13 @@ DYNAMIC = (
 )
 
 
+def ids_of_draw(number, dataset, rank=0, world=1):
+    """The ids of the problems of a draw that go to a process, those of the first update first."""
+    settings = argparse.Namespace(prompts_per_step=WANTED, updates_per_step=2, seed=1)
+    process = argparse.Namespace(args=settings, rank=rank, world=world)
+    return [problem["id"] for problem in Run.batch(process, common.load_problems(dataset), number)]
+
+
 def groups_of(rollout):
     """[(id of a problem, the texts of its answers)] in the order of the rollout."""
     groups = []
@@ -352,8 +371,19 @@ def watch_dapo(folder, place, *flags):
 
 @pytest.fixture(scope="module")
 def dynamic(folder, tmp_path_factory):
-    """Three steps. An untrained model's groups teach in three of four cases, so a step needs more than one draw."""
-    return watch_dapo(folder, tmp_path_factory.mktemp("dynamic") / "run", "--max_steps", 3, "--max_draws", 9)
+    """Three steps. An untrained model's groups teach in three of four cases, so a step needs more than one draw.
+
+    One word in twelve ends an answer, so that answers have all lengths.
+    """
+    set_vocabulary = common.Policy.set_vocabulary
+
+    def set_many_ends(policy, tokenizer):
+        set_vocabulary(policy, tokenizer)
+        policy.ends = [*policy.ends, *range(0, policy.vocabulary, 12)]
+
+    place = tmp_path_factory.mktemp("dynamic") / "run"
+    with mock.patch.object(common.Policy, "set_vocabulary", set_many_ends):
+        return watch_dapo(folder, place, "--max_steps", 3, "--max_draws", 9)
 
 
 def test_problems_are_drawn_until_enough_of_them_teach(dynamic):
@@ -378,11 +408,8 @@ def test_every_draw_takes_the_next_problems(dynamic):
     total = sum(line["draws"] for line in metrics(run))
     assert updates.given[-1][0].state["drawn"] == total == len(draws.given)
     assert [named["seed"] for named in draws.named] == [(1, number) for number in range(1, total + 1)]
-    problems = common.load_problems("toy@train:64")
-    alone = argparse.Namespace(args=argparse.Namespace(prompts_per_step=8, updates_per_step=2, seed=1), rank=0, world=1)
     for number, given in enumerate(draws.given, 1):
-        assert [problem["id"] for problem in given[2]] == [
-            problem["id"] for problem in Run.batch(alone, problems, number)]
+        assert [problem["id"] for problem in given[2]] == ids_of_draw(number, "toy@train:64")
 
 
 def test_the_penalty_is_part_of_the_reward(dynamic):
@@ -393,51 +420,65 @@ def test_the_penalty_is_part_of_the_reward(dynamic):
         lengths = [int(sum(row)) for row in rollout.mask_BT.tolist()]
         rewards = []
         for problem, text, length in zip(rollout.problems, rollout.texts, lengths, strict=True):
-            penalties.add(penalty_by_hand(length, 24, 16))
+            penalty = penalty_by_hand(length, 24, 16)
+            penalties.add(penalty)
             accuracy = even_length(problem, text)
-            rewards.append(0.9 * accuracy + 0.1 * common.format_reward(problem, text) + penalty_by_hand(length, 24, 16))
+            rewards.append(0.9 * accuracy + 0.1 * common.format_reward(problem, text) + penalty)
         for b, reward in enumerate(rewards):
             group = rewards[b // G * G:b // G * G + G]
             expected = (reward - statistics.mean(group)) / (statistics.stdev(group) + 1e-6)
             assert named["advantage_BT"][b].tolist() == pytest.approx([expected] * rollout.mask_BT.shape[1], abs=1e-5)
-    assert len(penalties) > 2
+    assert {0.0, -1.0} < penalties
+    assert len(penalties) > 5
 
 
-@pytest.mark.parametrize("max_draws, teachers", [(1, 0), (2, 0), (2, 3), (3, 7)])
-def test_after_the_last_draw_a_step_is_filled_up(folder, tmp_path, monkeypatch, max_draws, teachers):
-    """Where too few groups teach, they come first, and groups of the last draw fill the step up."""
-    alone = argparse.Namespace(args=argparse.Namespace(prompts_per_step=8, updates_per_step=2, seed=1), rank=0, world=1)
-    problems = common.load_problems("toy@train:64")
-    first = [problem["id"] for problem in Run.batch(alone, problems, 1)]
-    last = [problem["id"] for problem in Run.batch(alone, problems, max_draws)]
-    chosen = first[8 - teachers:]
+@pytest.mark.parametrize("max_draws, in_first, in_last", [(1, 0, 2), (2, 0, 0), (2, 3, 2), (3, 7, 2)])
+def test_after_the_last_draw_a_step_is_filled_up(folder, tmp_path, monkeypatch, max_draws, in_first, in_last):
+    """Where too few groups teach, all that do are trained on, and other groups of the last draw fill the step up."""
+    first = ids_of_draw(1, "toy@train:64")
+    last = ids_of_draw(max_draws, "toy@train:64")
+    teachers = first[WANTED - in_first:] + last[WANTED - in_last:]
 
     def grade(problem, text):
-        """Answers to the first draw's chosen problems differ, all others are right."""
-        return float(len(text)) if problem["id"] in chosen else 1.0
+        """Answers to some problems are as good as they are long, all others are right."""
+        return float(len(text)) if problem["id"] in teachers else 1.0
 
     monkeypatch.setattr("drive.even_length", grade)
-    run, draws, updates = watch_dapo(folder, tmp_path / "run", "--max_steps", 1, "--max_draws", max_draws)
+    flags = ("--max_steps", 1, "--max_draws", max_draws, "--max_completion_length", 8)
+    run, draws, updates = watch_dapo(folder, tmp_path / "run", *flags)
     line, = metrics(run)
     assert line["draws"] == len(draws.given) == max_draws
     trained = [id for id, _ in groups_of(updates.given[0][3])]
-    assert trained == [*chosen, *last[:WANTED - teachers]]
+    assert trained == [*teachers, *last[:WANTED - in_last]][:WANTED]
 
 
-def test_a_killed_run_goes_on_with_the_problems_that_come_next(folder, tmp_path):
-    """The number of draws so far is in the checkpoint: killed and resumed, the same numbers and the same answers."""
-    flags = (*DYNAMIC, "--max_draws", 9, "--max_steps", 4, "--save_steps", 2)
+class Killed(BaseException):
+    """What ends a run here. That a process may really be killed at any moment is tests/engine/test_resume.py's."""
+
+
+def test_a_killed_run_goes_on_with_the_problems_that_come_next(folder, tmp_path, monkeypatch):
+    """The number of draws so far is in the checkpoint: ended and resumed, the same numbers and the same answers."""
+
+    def die():
+        raise Killed
+
+    monkeypatch.setattr("drive.die", die)
+    monkeypatch.setattr(report, "finish", no_page)
+    flags = (*DYNAMIC, "--max_draws", 9, "--max_steps", 4, "--save_steps", 2, "--max_completion_length", 12)
     whole = drive(folder, tmp_path / "whole", *flags, script="forks.dapo")
     lines = metrics(whole)
-    assert sum(line["draws"] for line in lines[:2]) > 2  # else the number of the step would do
-    killed = tmp_path / "killed"
-    command = ("forks.dapo", "--model", folder, *SMALL, "--num_generations", G, *flags, "--output_dir", killed)
-    assert run_script("tests/drive.py", *command, KILL_AT="3").returncode == -9
-    drawn = json.loads((killed / "checkpoint-2" / "state.json").read_text())[1]["drawn"]
-    assert drawn == sum(line["draws"] for line in lines[:2])
-    go(*command, "--resume")
+    drawn = sum(line["draws"] for line in lines[:2])
+    assert drawn > 2  # else the number of the step would do
+    monkeypatch.setenv("KILL_AT", "3")
+    with pytest.raises(Killed):
+        drive(folder, tmp_path / "killed", *flags, script="forks.dapo")
+    step, state = json.loads((tmp_path / "killed" / "checkpoint-2" / "state.json").read_text())
+    assert (step, state["drawn"]) == (2, drawn)
+    monkeypatch.delenv("KILL_AT")
+    killed = drive(folder, tmp_path / "killed", *flags, "--resume", script="forks.dapo")
     assert metrics(killed) == lines
-    assert (killed / "samples.jsonl").read_text() == (whole / "samples.jsonl").read_text()
+    for name in ("samples.jsonl", "model.safetensors"):
+        assert (killed / name).read_bytes() == (whole / name).read_bytes()
 
 
 # --- one process and two ----------------------------------------------------------------------------------------------
@@ -450,19 +491,14 @@ def by_id(problem, text):
 """
 
 
-def ids_of_share(draw, rank):
-    """The ids of the problems of a draw that go to one of two processes: two for each of two updates."""
-    settings = argparse.Namespace(prompts_per_step=WANTED, updates_per_step=2, seed=1)
-    process = argparse.Namespace(args=settings, rank=rank, world=2)
-    return [problem["id"] for problem in Run.batch(process, common.load_problems("toy@train:16"), draw)]
-
-
 def dapo_with_few_teachers(place):
-    """dapo.py, where of the first draw each process keeps three groups of four, and of the second the one it lacks."""
-    teachers = []
-    for rank in (0, 1):
-        teachers += ids_of_share(draw=1, rank=rank)[:3]
-        teachers += ids_of_share(draw=2, rank=rank)[:1]
+    """dapo.py, where after the first draw the first process has its four groups, and the second still lacks one.
+
+    The groups that are kept, and which update they are in, are then those of one process alone.
+    """
+    teachers = ids_of_draw(1, "toy@train:16", rank=0, world=2)
+    teachers += ids_of_draw(1, "toy@train:16", rank=1, world=2)[:3]
+    teachers += ids_of_draw(2, "toy@train:16", rank=1, world=2)[:1]
     text = (ROOT / "forks" / "dapo.py").read_text()
     assert text.count("score(grade)") == 2
     path = place / "fork.py"
@@ -523,7 +559,7 @@ def test_loss_and_gradient_are_those_of_trl(
     clip = dict(epsilon=epsilons[0], epsilon_high=epsilons[1])
     # TRL forbids no token when it reads, and its softmax runs over the embedding's rows of padding too.
     rows = policy.config.get_text_config().vocab_size
-    with mock.patch.multiple(policy, vocabulary=rows, banned=torch.zeros(0, dtype=torch.long)):
+    with mock.patch.multiple(policy, vocabulary=rows, banned=np.zeros(0, dtype=np.int64)):
         with torch.no_grad():
             logp_BT = common.read(common.token_logps, rollout, policy)
         noise_BT = 0.2 * torch.randn(logp_BT.shape, generator=torch.Generator().manual_seed(0))

@@ -64,7 +64,8 @@ def naive_gspo(place, credited):
     return fork(
         place,
         (source_of("policy_loss"), NAIVE_GSPO.format(credited=credited)),
-        ("policy_loss(*inputs, epsilon", "policy_loss(*inputs, mask_BT[batch], epsilon"),
+        ("advantage_bT, **clip)\n            clipped_bT",
+         "advantage_bT, mask_BT[batch], **clip)\n            clipped_bT"),
         ("rollout.score(grade)", "rollout.score(some_credit)"),
     )
 

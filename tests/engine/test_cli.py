@@ -133,13 +133,15 @@ def test_a_model_of_another_kind(refused, tmp_path):
     ("grpo", ("--max_steps", 1.5), "invalid whole_number value: '1.5'"),
     ("grpo", ("--learnrate", 1), "unrecognized arguments: --learnrate"),
     ("grpo", ("--learning_rat", 1), "unrecognized arguments: --learning_rat"),  # no abbreviations either
-    ("grpo", ("--learning_rate", "fast"), "invalid float"),
+    ("grpo", ("--learning_rate", "fast"), "invalid not_negative value"),
+    ("grpo", ("--learning_rate", "-1"), "must be at least 0"),
+    ("grpo", ("--kl_target", 0.1), "give --beta too"),
     ("grpo", ("--lr_scheduler_type", "linear"), "invalid choice: 'linear'"),
     ("grpo", ("--report_to", "nothing"), "--report_to nothing"),
     ("grpo", ("--temperature", 0), "must be above 0"),
-    ("grpo", ("--temperature", "nan"), "must be above 0"),
+    ("grpo", ("--temperature", "nan"), "must be at least 0"),
     ("mupo", ("--num_generations", 5), "cannot fill"),
-    ("vepo", ("--keep", 0), "--keep"),
+    ("vepo", ("--keep", 1.5), "must be from 0 to 1"),
 ])
 def test_bad_flags(refused, folder, script, flags, says):
     assert says in refused("--model", folder, *flags, script=script)

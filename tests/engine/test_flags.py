@@ -7,8 +7,9 @@ import re
 from harness.flags import ALL_TABLES, UserError, at_least, is_toy, launch, parse_args
 
 import pytest
+from conftest import ROOT
 
-SCRIPTS = ("sft", "opd", "grpo", "vepo", "mupo", "eval_passk")
+SCRIPTS = sorted(path.stem for path in ROOT.glob("*.py") if path.stem != "common")
 
 
 def settings_of(script):
@@ -30,7 +31,7 @@ def shown(script, capsys, *argv):
     found = {}
     for entry in re.split(r"\n  (?=--)", capsys.readouterr().out):
         name = re.match(r"--(\w+)", entry)
-        values = re.findall(r"\[([^\[\]]*), (command line|tabletop|paper|script|world)\]", " ".join(entry.split()))
+        values = re.findall(r"\[([^\[\]]*), (command line|tabletop|recipe|script|world)\]", " ".join(entry.split()))
         if name and values:
             found[name.group(1)] = values[-1]
     return found
@@ -40,7 +41,7 @@ def shown(script, capsys, *argv):
 
 
 def test_the_first_of_five_places_wins():
-    """command line > tabletop (only with a model of the tabletop) > paper > script > world."""
+    """command line > tabletop (only with a model of the tabletop) > recipe > script > world."""
 
     def flags(parser):
         parser.add_argument("--own", type=float, default=0.5, help="a flag of the script's own")
@@ -114,8 +115,8 @@ def test_help_shows_the_tabletops_values(capsys):
 def test_help_shows_the_papers_values_for_another_model(capsys):
     lines = shown("grpo", capsys, "--model", "Qwen/Qwen2.5-VL-7B-Instruct")
     assert lines["model"] == ("Qwen/Qwen2.5-VL-7B-Instruct", "command line")
-    assert lines["prompts_per_step"] == ("512", "paper")
-    assert lines["learning_rate"] == ("1e-06", "paper")
+    assert lines["prompts_per_step"] == ("512", "recipe")
+    assert lines["learning_rate"] == ("1e-06", "recipe")
     assert lines["dataset"] == ("hiyouga/geometry3k@train", "world")
     assert lines["train_vision"] == ("False", "world")
     assert "tabletop" not in {source for _, source in lines.values()}
@@ -153,7 +154,7 @@ def test_help_is_true_for_every_flag_of_every_script(script, model, capsys):
         elif name in toy:
             assert source == "tabletop"
         elif name in recipe:
-            assert source == "paper"
+            assert source == "recipe"
         elif name in world:
             assert source == "world"
         else:

@@ -36,18 +36,6 @@ def test_killed_and_resumed_to_the_same_numbers(folder, tmp_path, whole, moment)
     assert not list(killed.glob("checkpoint*"))
 
 
-def test_a_run_that_is_asked_to_end_saves_a_checkpoint_first(folder, tmp_path, whole):
-    """SIGTERM: the run ends behind its step with status 0, and --resume goes on to the same numbers."""
-    place = tmp_path / "asked"
-    command = ("--model", folder, *SMALL, "--num_generations", 3, *FOUR_STEPS, "--output_dir", place)
-    done = run_script("tests/drive.py", "grpo", *command, TERM_AT="3")
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert "asked to end: checkpoint-3 is saved" in done.stderr
-    assert not (place / "model.safetensors").exists()
-    go("grpo", *command, "--resume")
-    assert metrics(place) == metrics(whole)
-
-
 def test_a_finished_run_is_not_resumed(folder, capsys, whole):
     with pytest.raises(SystemExit):
         drive(folder, whole, *FOUR_STEPS, "--resume")

@@ -1,8 +1,10 @@
 """harness.rollout: answers that are indexed, selected by group, joined and scored stay the answers that they were."""
 
 import dataclasses
+import functools
 
 from common import forced, read, sample, token_logps
+from harness.flags import UserError
 from harness.rollout import join, select_groups
 
 import pytest
@@ -223,3 +225,30 @@ def test_rollouts_of_two_temperatures_are_not_joined(policy, processor, problems
     cool = sample(policy, processor, problems[1:2], 2, seed=(1,), max_completion_length=4, temperature=0.5)
     with pytest.raises(ValueError, match="cannot be joined"):
         join(warm, cool)
+
+
+def test_a_mask_that_is_no_prefix_is_refused(policy, processor, problems):
+    """Else other tokens than the masked ones would be read, silently: leaving tokens out is a weight's task."""
+    rollout = draw(policy, processor, problems)
+    rollout.mask_BT = rollout.mask_BT.clone()
+    rollout.mask_BT[:, 0] = 0
+    with pytest.raises(ValueError, match="give them weight 0"):
+        read(token_logps, rollout, policy)
+
+
+def test_slices_lists_and_judges_that_are_partial(policy, processor, problems):
+    """rollout[2:4], rollout[[2, 3]] and an index tensor are the same; a partial reward is named by its function."""
+    rollout = draw(policy, processor, problems)
+    wanted = rollout[torch.tensor([3, 4, 5])]
+    for index in (slice(3, 6), [3, 4, 5]):
+        assert rollout[index].texts == wanted.texts
+        assert torch.equal(rollout[index].tokens_BT, wanted.tokens_BT)
+
+    def broken_reward(problem, text, judge):
+        return float("nan")
+
+    with pytest.raises(UserError, match="change broken_reward"):
+        rollout.score(functools.partial(broken_reward, judge=None))
+    assert rollout[torch.arange(0)].score(broken_reward).shape == (0, 0)
+    with pytest.raises(ValueError, match="have no answers"):
+        select_groups(rollout[torch.arange(3)], [4])

@@ -19,8 +19,9 @@ class FakeRun:
         self.theirs = theirs
         self.step = 7
 
-    def gather(self, passes):
-        return [passes, self.theirs]
+    def gather(self, thing):
+        """Of every process: its passes, or the sizes of its groups, which are the same everywhere."""
+        return [thing, thing if isinstance(thing, list) else self.theirs]
 
     def sum(self, value):
         return torch.as_tensor(value, dtype=torch.float32)
@@ -92,7 +93,7 @@ def gradient_of(plan, policy, rollout):
     for update in list(plan)[:1]:
         for batch in update:
             loss = read(token_logps, rollout[batch], policy).sum() / rollout.mask_BT.sum()
-            update.backward(loss, answers=torch.tensor(float(len(batch))))
+            update.backward(batch, loss, answers=torch.tensor(float(len(batch))))
     return torch.cat([weight.grad.flatten() for weight in policy.parameters()])
 
 
@@ -130,19 +131,31 @@ def test_a_loss_is_a_sum_over_processes_whose_gradients_are_averaged(policy, rol
 
 def test_metrics_are_averaged_over_updates(rollout):
     """The numbers of an update are parts of its sum; those of a step are the mean of its updates."""
+    rollout = rollout[torch.arange(9)]
     plan = plan_updates(FakeRun(updates=3, size=100), rollout)
     for number, update in enumerate(plan):
-        for _ in update:
-            update.add(kl=torch.tensor(float(number)))
+        for batch in update:
+            update.add(batch, kl=torch.tensor(float(number)))
     assert plan.metrics() == dict(kl=1.0)
 
 
 def test_the_gap_to_the_sampler_is_a_mean_over_tokens(rollout):
     """sampler_gap: not averaged over updates, which may hold different numbers of tokens."""
+    rollout = rollout[torch.arange(12)]
     plan = plan_updates(FakeRun(updates=2, size=100), rollout)
     for update in plan:
         for batch in update:
-            part = rollout[batch]
-            update.compare(part.logp_BT + 0.25, part)
+            update.compare(batch, rollout[batch].logp_BT + 0.25)
     assert plan.metrics()["sampler_gap"] == pytest.approx(0.25, rel=1e-5)
     assert "gap" not in plan.metrics()
+
+
+def test_a_rollout_that_cannot_be_split_into_updates_is_refused(rollout):
+    """Five groups for two updates would cut one; groups of two sizes, or other numbers elsewhere, would hang."""
+    with pytest.raises(ValueError, match="whole groups"):
+        plan_updates(FakeRun(updates=2), rollout)
+    with pytest.raises(ValueError, match="whole groups"):
+        plan_updates(FakeRun(updates=2), rollout[torch.arange(5)])
+    with pytest.raises(ValueError, match="without answers"):
+        plan_updates(FakeRun(), rollout[torch.arange(0)])
+    assert len(plan_updates(FakeRun(updates=1), rollout[torch.arange(5)])) == 1

@@ -20,7 +20,7 @@ import pytest
 from conftest import ROOT
 from drive import load_script
 
-SCRIPTS = sorted(path.stem for path in ROOT.glob("*.py") if path.stem != "common")
+SCRIPTS = list(house.SCRIPTS)
 FORKS = sorted(f"forks/{path.stem}" for path in (ROOT / "forks").glob("*.py"))
 ROOMS = ("*.py", "harness/*.py", "tabletop/*.py", "forks/*.py", "lab/*.py")
 CODE = sorted(str(path.relative_to(ROOT)) for room in ROOMS for path in ROOT.glob(room))
@@ -185,13 +185,12 @@ def test_same_name_same_source():
 def test_a_fork_says_what_it_changes_and_changes_little(fork):
     path = f"{fork}.py"
     found = definitions()
-    for name in changed_on_purpose(path) - {"nothing", "that", "stands", "in", "grpo", "py", "under", "the", "same"}:
-        if name != "name":
-            assert found[name][path] != found[name]["grpo.py"], f"{path} does not change {name}"
+    for name in changed_on_purpose(path) - {"none"}:
+        assert found[name][path] != found[name]["grpo.py"], f"{path} does not change {name}"
     original = (ROOT / "grpo.py").read_text().split('"""', 2)[2].splitlines()
     ours = (ROOT / path).read_text().split('"""', 2)[2].splitlines()
     new = [line for line in ours if line not in original and line.strip()]
-    assert len(new) <= 45, f"{path} has {len(new)} lines that grpo.py has not"
+    assert len(new) <= 40, f"{path} has {len(new)} lines that grpo.py has not"
 
 
 # --- flags ------------------------------------------------------------------------------------------------------------
