@@ -506,7 +506,7 @@ def dapo_with_few_teachers(place):
     return path
 
 
-@pytest.mark.parametrize("name", ["gspo", "dr_grpo", "dapo"])
+@pytest.mark.parametrize("name", ["gspo", "dapo", pytest.param("dr_grpo", marks=pytest.mark.slow)])
 def test_two_processes_give_the_losses_and_gradients_of_one(folder, tmp_path, name):
     """Two updates, of which the second has ratios that are not 1, from one group to a pass."""
     script = dapo_with_few_teachers(tmp_path) if name == "dapo" else f"forks.{name}"
