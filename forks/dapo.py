@@ -16,8 +16,9 @@ Its mean over the tokens of the batch is grpo.py's already. The number (6') is o
 Changes on purpose: none.
 
 Departures from the paper: 2. to 6. of grpo.py. At most --max_draws rollouts are made for a step; where that is not
-enough, groups that do not teach fill it. Each process fills its own share. A group teaches where its accuracies differ:
-for graded answers that is more than 0 < accuracy < 1. The reward is grpo.py's, not ±1.
+enough, groups that do not teach fill it. Each process fills its own share, so what is kept depends on the number of
+processes. A group teaches where its accuracies differ: for graded answers that is more than 0 < accuracy < 1. The
+reward is grpo.py's, not ±1.
 
 Shapes: as in grpo.py; a group "teaches" when some of its answers are better than others.
 
