@@ -15,7 +15,8 @@
 import os
 
 # Threads that wait for each other spin, and where another process holds a core they spin for nothing: a step of the
-# tabletop then takes three times as long. A short spin loses nothing on quiet cores. OpenMP reads this once, when torch
-# is loaded, so it stands here and the house's own modules are imported first.  # trap: busy cores
+# tabletop then takes three times as long. A short spin costs far less there (results/busy.json); this one is what
+# OpenMP itself takes when it has more threads than cores. OpenMP reads it once, when torch is loaded: so it stands
+# here, and the house's own modules are imported first.  # trap: busy cores
 if "OMP_WAIT_POLICY" not in os.environ:
-    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")

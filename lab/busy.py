@@ -27,7 +27,7 @@ from harness.run import check_writable, write_atomically
 from tqdm import tqdm
 
 WAITS = {
-    "short spin (ours)": dict(GOMP_SPINCOUNT="10000"),
+    "short spin (ours)": dict(GOMP_SPINCOUNT="1000"),
     "OpenMP's own": dict(GOMP_SPINCOUNT="300000"),
     "no spin": dict(OMP_WAIT_POLICY="PASSIVE"),
 }
