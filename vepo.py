@@ -150,9 +150,9 @@ def vision_entropy_score(jsd_BT, delta_entropy_BT, entropy_BT, mask_BT, alpha):
 
 
 def top_fraction(score_BT, mask_BT, fraction):
-    """Eq. (4): (B, T) → (B, T) of 0/1. Exactly ⌈fraction·n⌉, at least 1, of an answer's n tokens; ties: the earlier."""
+    """Eq. (4): (B, T) → (B, T) of 0/1. Exactly ⌈fraction·n⌉ of an answer's n tokens; of equal scores the earlier."""
     exact = Fraction(str(fraction))  # in floats 0.28·25 is above 7, and 8 would be kept
-    kept_B1 = torch.tensor([[max(1, ceil(exact * int(n)))] for n in mask_BT.sum(1)], device=mask_BT.device)
+    kept_B1 = torch.tensor([[ceil(exact * int(n))] for n in mask_BT.sum(1)], device=mask_BT.device)
     order_BT = score_BT.masked_fill(mask_BT == 0, -torch.inf).argsort(dim=1, descending=True, stable=True)
     rank_BT = order_BT.argsort(dim=1)
     return (rank_BT < kept_B1).to(mask_BT.dtype)
@@ -248,6 +248,8 @@ def update(run, policy, optimizer, rollout, *, plan, advantage_BT, weight_BT, ol
 
 def main(args):
     check_flags(args)
+    if args.keep == 0:
+        raise UserError("--keep is 0: no token would carry any credit")
     run = Run(args)
     problems = load_problems(args.dataset)
     held_out = load_problems(args.eval_dataset)

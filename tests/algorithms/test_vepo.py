@@ -293,3 +293,10 @@ def test_tokens_that_name_the_picture_look_more():
             kind.append(jsd)
     assert len(named) > 500
     assert sum(named) / len(named) > 2 * sum(other) / len(other)
+
+
+def test_an_answer_without_tokens_keeps_none():
+    """As of an answer that was not read: its share in the metrics is nothing, not one token."""
+    mask_BT = torch.tensor([[1.0, 1.0, 1.0], [0.0, 0.0, 0.0]])
+    kept_BT = vepo.top_fraction(torch.rand(2, 3), mask_BT, 0.2)
+    assert kept_BT.sum(1).tolist() == [1.0, 0.0]

@@ -142,6 +142,7 @@ def test_a_model_of_another_kind(refused, tmp_path):
     ("grpo", ("--temperature", "nan"), "must be at least 0"),
     ("mupo", ("--num_generations", 5), "cannot fill"),
     ("vepo", ("--keep", 1.5), "must be from 0 to 1"),
+    ("vepo", ("--keep", 0), "--keep is 0"),
 ])
 def test_bad_flags(refused, folder, script, flags, says):
     assert says in refused("--model", folder, *flags, script=script)
