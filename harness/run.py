@@ -25,6 +25,7 @@ from datetime import timedelta
 from pathlib import Path
 
 from harness.flags import UserError
+from harness.threads import watch_cores
 
 import numpy as np
 import torch
@@ -80,6 +81,7 @@ class Run:
             # accelerate launch sets OMP_NUM_THREADS=1: a lone process takes its cores back (only Linux can tell which)
             cores = len(os.sched_getaffinity(0))
             torch.set_num_threads(max(1, cores // self.world))
+            watch_cores()
         if self.device.type == "cuda" and not dist.is_initialized():
             # fully_shard wants a process group, even for one process
             dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1)

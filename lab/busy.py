@@ -1,10 +1,10 @@
 """What a second process on the machine costs a run: the seconds of a step, quiet and beside it, by how threads wait.
 
-    python lab/busy.py          about six minutes on two idle cores; prints a table, writes results/busy.json
+    python lab/busy.py          about eight minutes on two idle cores; prints a table, writes results/busy.json
 
 Threads of OpenMP that wait for each other spin for a while before they sleep. Where another process holds a core, the
-one that is waited for does not run, and spinning only takes its time. `harness/__init__.py` chooses a short spin.
-Compared are that choice, OpenMP's own (a long spin), and no spin at all; each quiet, beside a process that keeps one
+one that is waited for does not run, and spinning only takes its time. harness/threads.py sees that, and spins less.
+Compared are that, a long spin always (OpenMP's own), and no spin at all; each quiet, beside a process that keeps one
 core busy, and pinned to one core. The settings take turns, and a figure is the median over all steps but the first of
 each run.
 """
@@ -27,10 +27,19 @@ from harness.run import check_writable, write_atomically
 from tqdm import tqdm
 
 WAITS = {
-    "short spin (ours)": dict(GOMP_SPINCOUNT="1000"),
-    "OpenMP's own": dict(GOMP_SPINCOUNT="300000"),
-    "no spin": dict(OMP_WAIT_POLICY="PASSIVE"),
+    "ours": dict(),
+    "always a long spin": dict(UNWATCHED="1"),
+    "never a spin": dict(OMP_WAIT_POLICY="PASSIVE"),
 }
+# grpo.py as it is, and without harness/threads.py where UNWATCHED is set.
+GRPO = """
+import os, runpy, sys
+sys.path.insert(0, ".")
+from harness import threads
+if "UNWATCHED" in os.environ:
+    threads.watch_cores = lambda: None
+runpy.run_path("grpo.py", run_name="__main__")
+"""
 PLACES = ("quiet", "beside a busy process", "on one core")
 
 
@@ -39,20 +48,22 @@ def seconds_of_steps(wait, place, steps):
     environment = {key: value for key, value in os.environ.items() if key not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
     environment |= WAITS[wait]
     cores = sorted(os.sched_getaffinity(0))
-    busy = None
+    others = []
     if place == "beside a busy process":
-        busy = subprocess.Popen([sys.executable, "-c", "while True: pass"])
-        os.sched_setaffinity(busy.pid, cores[:1])
+        others.append(subprocess.Popen([sys.executable, "-c", "while True: pass"]))
+        os.sched_setaffinity(others[0].pid, cores[:1])
     with tempfile.TemporaryDirectory() as folder:
         flags = [f"--max_steps={steps + 1}", "--eval_dataset=none", f"--output_dir={folder}"]
-        command = [sys.executable, "grpo.py", *flags]
-        run = subprocess.Popen(
-            command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-        if place == "on one core":
-            os.sched_setaffinity(run.pid, cores[:1])
-        _, said = run.communicate()
-        if busy is not None:
-            busy.kill()
+        command = [sys.executable, "-c", GRPO, *flags]
+        try:
+            run = subprocess.Popen(
+                command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+            if place == "on one core":
+                os.sched_setaffinity(run.pid, cores[:1])
+            _, said = run.communicate()
+        finally:
+            for process in others:
+                process.kill()
         if run.returncode:
             raise UserError(f"grpo.py ended with status {run.returncode}: {said.strip().splitlines()[-1]}")
         lines = Path(folder, "metrics.jsonl").read_text().splitlines()
