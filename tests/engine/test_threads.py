@@ -87,11 +87,12 @@ def test_the_watch_follows_the_others(two_threads, monkeypatch):
 
     monkeypatch.setattr(threads.Watch, "set_crowded", remember)
     cores = len(os.sched_getaffinity(0))
+    monkeypatch.setattr(threads.time, "process_time", lambda: 2 * time.monotonic())  # we keep two cores busy
     for others in (0, cores):
         began = time.monotonic()
 
         def used(_, others=others, began=began):
-            return time.process_time() + others * (time.monotonic() - began)
+            return 2 * time.monotonic() + others * (time.monotonic() - began)
 
         monkeypatch.setattr(threads, "used_seconds", used)
         found.clear()
