@@ -9,13 +9,14 @@
 
 Below lies `harness/`, what surrounds a run and is in no paper: flags, processes, checkpoints, sharding, data sets.
 
-Shape letters: P problems, G answers to each, B answers in all, T answer tokens, S prompt tokens, L tokens of a packed
-row, R rows, N tokens of a chunk, D hidden size, V vocabulary. A small letter is a part of what the large one counts.
+Shape letters: P problems, G answers to each, B answers in all, T answer tokens, S prompt tokens, R rows of L tokens,
+N tokens of a pass or a chunk, D hidden size, V vocabulary. A small letter is a part of what the large one counts.
 """
 
 import collections
 import contextlib
 import dataclasses
+import itertools
 import math
 import os
 import re
@@ -26,6 +27,9 @@ from pathlib import Path
 from harness import problems as data_sets
 from harness import sharding
 from harness.answers import VERIFIERS, box_iou, final_answer, in_pixels, same_math, unbox
+from harness.attention import NAME as PACKED_ROWS
+from harness.attention import pack_rows
+from harness.cache import ON_A_CPU, answers_that_fit, block_cache, bytes_of_answer
 from harness.flags import UserError, is_toy
 from harness.rollout import Prompts, Rollout, name_of
 from harness.run import Run, bootstrap, generator
@@ -66,6 +70,13 @@ class Policy(transformers.Qwen2_5_VLForConditionalGeneration):
     outside them would meet shards instead of weights.
     """
 
+    @classmethod
+    def of(cls, model: transformers.Qwen2_5_VLForConditionalGeneration) -> "Policy":
+        """A plain Qwen2.5-VL as a Policy: the same weights, our methods, and an attention that knows packed rows."""
+        model.__class__ = cls
+        model.model.language_model.set_attn_implementation(PACKED_ROWS)
+        return model
+
     def set_vocabulary(self, tokenizer: transformers.PreTrainedTokenizerBase):
         """Learns from the tokenizer which ids an answer may hold and which ids end it."""
         ends = self.generation_config.eos_token_id
@@ -76,10 +87,13 @@ class Policy(transformers.Qwen2_5_VLForConditionalGeneration):
         self.vocabulary = len(tokenizer)  # the rows beyond are padding, and their number differs between model sizes
 
     def body(
-        self, ids_RL: torch.Tensor, positions_3RL: torch.Tensor, mask: torch.Tensor, pixels: torch.Tensor | None = None,
-        grids: torch.Tensor | None = None, cache: DynamicCache | None = None,
+        self, ids_RL: torch.Tensor, positions_3RL: torch.Tensor, mask: torch.Tensor | dict,
+        pixels: torch.Tensor | None = None, grids: torch.Tensor | None = None, cache: DynamicCache | None = None,
     ) -> torch.Tensor:
-        """Hidden states (R, L, D). Rotary positions are always passed: the model's own guess is 1-D after a prefill."""
+        """Hidden states (R, L, D). mask: 1 at tokens, 0 at padding, (R, L); or a pass of packed rows, then R is 1.
+
+        Rotary positions are always passed: the model's own guess is 1-D after a prefill.
+        """
         outputs = self.model(  # trap: mrope, trap: stale rope_deltas
             input_ids=ids_RL, position_ids=positions_3RL, attention_mask=mask, pixel_values=pixels,
             image_grid_thw=grids, past_key_values=cache, use_cache=cache is not None,
@@ -186,15 +200,13 @@ def load_whole(folder: str, dtype: torch.dtype) -> Policy:
     if wrong:
         first = sorted(str(key) for key in wrong)[0]
         raise UserError(f"{folder}: {len(wrong)} weights do not fit config.json, {first} for one")
-    policy.__class__ = Policy
-    return policy
+    return Policy.of(policy)
 
 
 def load_shards(folder: str, config: transformers.PretrainedConfig, dtype: torch.dtype, device: torch.device) -> Policy:
     """The model with every weight split over all processes; no process but the first ever holds a whole copy."""
     with init_empty_weights():  # weights on the meta device, buffers (rotary frequencies) real
-        policy = AutoModelForImageTextToText.from_config(config, dtype=dtype)
-    policy.__class__ = Policy
+        policy = Policy.of(AutoModelForImageTextToText.from_config(config, dtype=dtype))
     policy.tie_weights()
     sharding.split(policy, device, methods=("body", "head", "head_in_chunks"))
     sharding.fill(policy, load_whole(folder, dtype).state_dict() if dist.get_rank() == 0 else {})
@@ -349,9 +361,11 @@ def blank(
 @torch.no_grad()
 def sample(
     policy: Policy, processor: Processor, problems: Sequence[dict], num_generations: int, *, seed: tuple,
-    max_completion_length: int, temperature: float = 1.0, sample_batch_size: int = 256,
+    max_completion_length: int, temperature: float = 1.0, sample_batch_size: int = 0,
 ) -> Rollout:
     """Samples `num_generations` answers to each problem; temperature 0 is greedy. Returns a Rollout, B = P·G.
+
+    At most sample_batch_size answers are decoded together; 0: as many as the GPU's memory has room for.
 
     A prompt and its pictures are read once for a group: their cache is repeated, not recomputed. Answer g to a problem
     is drawn with uniforms that depend on (*seed, problem id, "sample", g) alone, so that it is the same whatever the
@@ -362,7 +376,8 @@ def sample(
     rollout = blank(processor, problems, group_B, T=max_completion_length, device=policy.device)
     rollout.temperature = temperature or 1.0
     with sharding.gathered(policy):
-        for members, numbers in tqdm(waves(len(problems), G, sample_batch_size), desc="sampling", delay=5, leave=False):
+        size = sample_batch_size or room_for(policy, rollout, G)
+        for members, numbers in tqdm(waves(len(problems), G, size), desc="sampling", delay=5, leave=False):
             decode(policy, rollout, members, numbers, seed=seed, greedy=temperature == 0)
     cut_to_longest(rollout)
     lengths = rollout.mask_BT.sum(1).long().tolist()
@@ -371,17 +386,32 @@ def sample(
     return rollout
 
 
+def room_for(policy: Policy, rollout: Rollout, generations: int) -> int:
+    """How many answers of a blank rollout may be decoded together. Asked when the weights are gathered already."""
+    if policy.device.type == "cpu":
+        return ON_A_CPU
+    prompt = max((len(ids) for ids in rollout.prompts.ids), default=0)
+    answer = rollout.tokens_BT.shape[1]
+    need = bytes_of_answer(policy.config, policy.dtype, prompt=prompt, answer=answer, generations=generations)
+    return answers_that_fit(need, policy.device)
+
+
 def waves(problems: int, generations: int, size: int) -> list[tuple[range, range]]:
     """Which answers are decoded together, at most `size`: (problems, numbers of their answers) of each wave.
 
-    Whole groups go together; a group that is larger than a wave is cut into slices.
+    Whole groups go together; a group that is larger than a wave is cut into slices. A wave takes as long as its longest
+    answer, a small one too: so they are as few as can be, and of equal size.
     """
-    together = max(1, size // generations)
-    plan = []
-    for p in range(0, problems, together):
-        for g in range(0, generations, size):
-            plan.append((range(p, min(p + together, problems)), range(g, min(g + size, generations))))
-    return plan
+    shares_of_problems = equal_shares(problems, max(1, size // generations))
+    shares_of_answers = equal_shares(generations, size)
+    return [(members, numbers) for members in shares_of_problems for numbers in shares_of_answers]
+
+
+def equal_shares(count: int, most: int) -> list[range]:
+    """range(count) in as few parts as can be of at most `most`, which differ by at most one."""
+    parts = math.ceil(count / most)
+    bounds = [*(count * part // parts for part in range(parts)), count]
+    return [range(begin, end) for begin, end in itertools.pairwise(bounds)]
 
 
 def cut_to_longest(rollout: Rollout):
@@ -471,7 +501,7 @@ def prefill(policy: Policy, prompts: Prompts, members: range, repeats: int) -> D
     device = policy.device
     pixels = torch.cat([prompts.pixels[p] for p in members]).to(device)
     grids = torch.cat([prompts.grids[p] for p in members]).to(device)
-    cache = DynamicCache(config=policy.config.get_text_config())
+    cache = block_cache(policy.config)
     hidden_RSD = policy.body(
         ids_RS.to(device), positions_3RS.to(device), mask_RS.to(device), pixels=pixels, grids=grids, cache=cache)
     cache.batch_repeat_interleave(repeats)
@@ -554,8 +584,7 @@ def read_once(fn: Callable, part: Rollout, readings: Sequence[Reading]) -> tuple
     hiddens_ND = []
     for reading in readings:
         inputs, where_N = pack(part, reading)
-        hidden_RLD = reading.policy.body(*inputs)
-        hiddens_ND.append(hidden_RLD.flatten(0, 1)[where_N])
+        hiddens_ND.append(reading.policy.body(*inputs)[0, where_N])
     tokens_N = part.tokens_BT[part.mask_BT.bool()]
     first, *others = readings
     pairs = [(reading.policy, hidden) for reading, hidden in zip(others, hiddens_ND[1:], strict=True)]
@@ -576,9 +605,9 @@ def check_finite(fn: Callable, value_N: torch.Tensor, part: Rollout, row_N: torc
 def pack(rollout: Rollout, reading: Reading) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
     """The inputs of one forward pass: a packed row for each group, its prompt once, its answers behind it side by side.
 
-    An answer token sees the prompt and its own answer up to itself; rotary positions start anew after the prompt for
-    every answer. Returns body's inputs, and the place in (row, column), flattened, of the state that predicts each
-    answer token: for the first token of every answer that is the prompt's last.
+    The rows lie one behind the other, without padding. An answer token sees the prompt and its own answer up to itself;
+    rotary positions start anew after the prompt for every answer. Returns body's inputs, and the place of the state
+    that predicts each answer token: for the first token of every answer that is the prompt's last.
     """
     lengths_B = rollout.mask_BT.sum(1)
     up_to_end_BT = torch.arange(rollout.mask_BT.shape[1], device=lengths_B.device) < lengths_B[:, None]
@@ -588,44 +617,32 @@ def pack(rollout: Rollout, reading: Reading) -> tuple[tuple[torch.Tensor, ...], 
     prompts = rollout.prompts
     groups = rollout.groups()
     lengths = lengths_B.long().tolist()
-    R = len(groups)
-    L = max(len(prompts.ids[p]) + sum(lengths[b] for b in answers) for p, answers in groups.items())
-    ids_RL = torch.zeros(R, L, dtype=torch.long)
-    owner_RL = torch.full((R, L), -1)  # 0: the prompt, 1, 2, ...: an answer, -1: padding
-    positions_3RL = torch.zeros(3, R, L, dtype=torch.long)
-    predictors = {}
     tokens_BT = rollout.tokens_BT.cpu()
-    for row, (p, answers) in enumerate(groups.items()):
-        S = len(prompts.ids[p])
-        ids_RL[row, :S] = prompts.ids[p]
-        owner_RL[row, :S] = 0
-        positions_3RL[:, row, :S], first = positions_of(reading.policy, prompts, p)
-        begin = S
-        for number, b in enumerate(answers, 1):
-            end = begin + lengths[b]
-            ids_RL[row, begin:end] = tokens_BT[b, :lengths[b]]
-            owner_RL[row, begin:end] = number
-            positions_3RL[:, row, begin:end] = first + torch.arange(lengths[b])
-            before = torch.tensor([S - 1, *range(begin, end - 1)])
-            predictors[b] = row * L + before
-            begin = end
+    ids = []
+    positions = []
+    predictors = {}
+    place = 0
+    for p, answers in groups.items():
+        positions_3S, first = positions_of(reading.policy, prompts, p)
+        ids.append(prompts.ids[p])
+        positions.append(positions_3S.cpu())
+        place += len(prompts.ids[p])
+        last_of_prompt = place - 1
+        for b in answers:
+            ids.append(tokens_BT[b, :lengths[b]])
+            positions.append((first + torch.arange(lengths[b])).expand(3, -1))
+            predictors[b] = torch.tensor([last_of_prompt, *range(place, place + lengths[b] - 1)])
+            place += lengths[b]
     device = reading.policy.device
+    rows = pack_rows(
+        [len(prompts.ids[p]) for p in groups], [[lengths[b] for b in answers] for answers in groups.values()], device)
     shown = reading.pixels or prompts.pixels
     pixels = torch.cat([shown[p] for p in groups]).to(device)  # trap: image rows
     grids = torch.cat([prompts.grids[p] for p in groups]).to(device)
-    mask = packed_mask(owner_RL.to(device))
+    ids_1N = torch.cat(ids)[None].to(device)
+    positions_31N = torch.cat(positions, 1)[:, None].to(device)
     where_N = torch.cat([predictors[b] for b in range(len(rollout))]).to(device)
-    return (ids_RL.to(device), positions_3RL.to(device), mask, pixels, grids), where_N
-
-
-def packed_mask(owner_RL: torch.Tensor) -> torch.Tensor:
-    """(R, L) owners → (R, 1, L, L), true where a token may look: back, at the prompt and at its own answer."""
-    L = owner_RL.shape[1]
-    back_LL = torch.ones(L, L, dtype=torch.bool, device=owner_RL.device).tril()
-    at_prompt = owner_RL[:, None, :] == 0
-    # Padding is an owner too and sees itself: a row that sees nothing would be NaN.  # trap: masks
-    at_own = owner_RL[:, None, :] == owner_RL[:, :, None]
-    return (back_LL & (at_prompt | at_own))[:, None]
+    return (ids_1N, positions_31N, {"full_attention": rows}, pixels, grids), where_N
 
 
 def token_logps(logits_NV: torch.Tensor, tokens_N: torch.Tensor) -> torch.Tensor:

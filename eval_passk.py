@@ -119,7 +119,8 @@ def answer_all(run, model, name, problems):
 
         return answer
 
-    share = max(1, args.sample_batch_size // args.num_samples)
+    together = args.sample_batch_size or 1024
+    share = max(1, together // args.num_samples)
     return run.answered(
         run.path("samples.jsonl"), key, problems, prepare, share=share, desc=f"{model} on {name}")
 

@@ -160,8 +160,9 @@ def teacher_traces(run, problems, loaded=None):
 
         return answer
 
+    together = args.sample_batch_size or 1024
     rows = run.answered(
-        path, key, problems, prepare, share=max(1, args.sample_batch_size // args.teacher_samples), desc="teacher",
+        path, key, problems, prepare, share=max(1, together // args.teacher_samples), desc="teacher",
         each=args.teacher_samples)
     found = WithTraces(problems, [row for row in rows if row["right"]])
     run.say(f"{args.teacher}: {len(rows)} answers, {len(found)} right, well-formed and distinct; kept in {path}")

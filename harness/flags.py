@@ -46,7 +46,7 @@ MODEL_FLAGS = (
     Flag("max_prompt_length", 2048, "a longer prompt is an error: cutting a prompt would cut its pictures"),
     Flag("max_completion_length", 2048, "tokens of an answer, at most"),
     Flag("temperature", 1.0, "divides the logits, when sampling and when reading"),
-    Flag("sample_batch_size", 256, "answers decoded together"),
+    Flag("sample_batch_size", 0, "answers decoded together (0: as many as a GPU has room for, 256 on a CPU)", least=0),
     Flag("seed", 1, "fixes everything random: an answer depends on seed, step and problem, on nothing else", least=0),
     Flag("output_dir", None, "the run's folder"),
     Flag("resume", False, "go on from the newest checkpoint in --output_dir, to the same numbers"),

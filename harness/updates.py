@@ -138,12 +138,12 @@ def check_whole_groups(run: Run, rollout: Rollout):
 def micro_batches(rollout: Rollout, answers: Iterable[int], size: int) -> list[torch.Tensor]:
     """Splits answers into forward passes of at most `size`: a list of index tensors.
 
-    A group that is larger becomes several packed rows, smaller groups share a pass. Rows are sorted by length, the
-    longest first, so that a pass holds rows of like length and memory peaks at once.
+    A group that is larger becomes several packed rows, smaller groups share a pass. Answers and rows are sorted by
+    length, the longest first, so that what is alike is padded together and memory peaks at once.
     """
     lengths = rollout.mask_BT.sum(1).long().tolist()
     rows_of = {}  # {problem: its packed rows}, a row is a list of answers
-    for b in answers:
+    for b in sorted(answers, key=lambda b: lengths[b], reverse=True):
         rows = rows_of.setdefault(int(rollout.group_B[b]), [[]])
         if len(rows[-1]) == size:
             rows.append([])

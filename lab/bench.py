@@ -561,8 +561,7 @@ def shape_config(shape, tokenizer):
 
 def random_policy(config, folder):
     """A model with random weights; which ids end its answers is in generation_config.json in `folder`."""
-    policy = AutoModelForImageTextToText.from_config(config, dtype=torch.float32).eval()
-    policy.__class__ = Policy
+    policy = Policy.of(AutoModelForImageTextToText.from_config(config, dtype=torch.float32).eval())
     policy.generation_config = GenerationConfig.from_pretrained(folder)
     return policy
 

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import math
 
 import common
 from common import encode, read, sample, token_entropy, token_logps
@@ -110,14 +111,37 @@ def test_inverse_cdf_against_the_definition():
 
 
 @pytest.mark.parametrize("problems, generations, size", [
-    (5, 3, 1), (5, 3, 3), (5, 3, 7), (2, 8, 5), (1, 1, 256), (0, 4, 8),
+    (5, 3, 1), (5, 3, 3), (5, 3, 7), (2, 8, 5), (1, 1, 256), (0, 4, 8), (64, 12, 256), (3, 300, 256),
 ])
-def test_waves_decode_every_answer_once(problems, generations, size):
+def test_waves_decode_every_answer_once_and_are_of_equal_size(problems, generations, size):
+    """A wave of one problem takes as long as a wave of twenty: 64 problems of 12 answers are four waves of 16 each."""
     found = []
-    for members, numbers in common.waves(problems, generations, size):
+    plan = common.waves(problems, generations, size)
+    for members, numbers in plan:
         assert len(members) * len(numbers) <= size
         found += [(p, g) for p in members for g in numbers]
     assert sorted(found) == [(p, g) for p in range(problems) for g in range(generations)]
+    for counts in ([len(members) for members, _ in plan], [len(numbers) for _, numbers in plan]):
+        assert max(counts, default=0) - min(counts, default=0) <= 1
+    together = max(1, size // generations)
+    assert len(plan) == math.ceil(problems / together) * math.ceil(generations / size)
+
+
+def test_waves_on_a_cpu_hold_256_answers_and_on_a_gpu_what_there_is_room_for(policy, processor, problems, monkeypatch):
+    """Where no number is asked for; and the answers are those of any other number."""
+    found = []
+    plain = common.waves
+
+    def watched(problems, generations, size):
+        found.append(size)
+        return plain(problems, generations, size)
+
+    monkeypatch.setattr(common, "waves", watched)
+    texts = draw(policy, processor, problems).texts
+    draw(policy, processor, problems, sample_batch_size=4)
+    monkeypatch.setattr(common, "room_for", lambda *given: 7)
+    assert draw(policy, processor, problems).texts == texts
+    assert found == [256, 4, 7]
 
 
 # --- randomness has no state ------------------------------------------------------------------------------------------

@@ -1,0 +1,137 @@
+"""How the tokens of packed rows look at each other, without a mask of row length squared.
+
+A packed row is a prompt with the answers to it behind it. The rows of a forward pass lie one behind the other, without
+padding. An answer's token sees the prompt and its own answer, up to itself:
+
+    prompt + first answer       an ordinary causal sequence
+    every further answer        attends to [prompt | own answer]
+
+Both are calls that a fast kernel can do, and what they cost grows with what is seen, not with the square of the row. A
+row with one answer is the plain forward pass, and costs what that costs.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+import torch
+from torch.nn.attention.bias import causal_lower_right
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+NAME = "packed_rows"
+
+
+@dataclasses.dataclass
+class PackedRow:
+    """Tokens of one row: `prompt`, then `lead`, the prompt and its first answer together; `others` further answers.
+
+    longest: tokens of the longest of the others, to which they are padded while they attend.
+    """
+
+    prompt: int
+    lead: int
+    others: int
+    longest: int
+
+
+@dataclasses.dataclass
+class PackedRows:
+    """All rows of a forward pass. The model is given it in the place of an attention mask.
+
+    spread_M: where the tokens that attend stand among the pass's N tokens: all of them, padding too. gather_N: where
+    the results of the N tokens stand among the M. Both are None where nothing is padded.
+    """
+
+    rows: list[PackedRow]
+    spread_M: torch.Tensor | None
+    gather_N: torch.Tensor | None
+
+
+def pack_rows(prompts: Sequence[int], answers: Sequence[Sequence[int]], device: torch.device) -> PackedRows:
+    """The rows of prompts of these lengths, in tokens, each with answers of these lengths behind it (one at least)."""
+    rows = []
+    spread = []
+    gather = []
+    place = 0
+    for prompt, (first, *others) in zip(prompts, answers, strict=True):
+        lead = prompt + first
+        longest = max(others, default=0)
+        rows.append(PackedRow(prompt, lead, len(others), longest))
+        gather += range(len(spread), len(spread) + lead)
+        spread += range(place, place + lead)
+        place += lead
+        for length in others:
+            gather += range(len(spread), len(spread) + length)
+            spread += range(place, place + length)
+            # Padding repeats the last token. It stands behind every key that a real token sees, and no result of it is
+            # gathered: it is never NaN, and has no gradient.  # trap: masks
+            spread += [place + length - 1] * (longest - length)
+            place += length
+    if len(spread) == place:
+        return PackedRows(rows, None, None)
+    return PackedRows(rows, torch.tensor(spread, device=device), torch.tensor(gather, device=device))
+
+
+def packed_attention(
+    module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
+    attention_mask: PackedRows | torch.Tensor | None, scaling: float | None = None, **kwargs: object,
+) -> tuple[torch.Tensor, None]:
+    """Attention of a pass of packed rows: query (1, H, N, D), key and value (1, H or fewer, N, D) → (1, N, H, D).
+
+    Whatever is not packed, sampling among it, is transformers' own attention.
+    """
+    if not isinstance(attention_mask, PackedRows):
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask=attention_mask, scaling=scaling, **kwargs)
+    packed = attention_mask
+    settings = dict(scale=scaling, enable_gqa=key.shape[1] != query.shape[1])
+    parts = [by_row(states, packed) for states in (query, key, value)]
+    results = []
+    for row, q, k, v in zip(packed.rows, *parts, strict=True):
+        results.append(scaled_dot_product_attention(q.lead, k.lead, v.lead, is_causal=True, **settings))
+        if row.others == 0:
+            continue
+        # The queries are the last of [prompt | own answer]. By this mask's name CUDA's flash kernel knows that, in bf16
+        # and with grouped heads: so it stands in torch's source, but it has not been seen on a GPU.
+        mask = causal_lower_right(row.longest, row.prompt + row.longest)
+        keys = behind_prompt(k, row)
+        values = behind_prompt(v, row)
+        results.append(scaled_dot_product_attention(q.others, keys, values, attn_mask=mask, **settings))
+    results_MHD = torch.cat([result.transpose(1, 2).flatten(0, 1) for result in results])
+    if packed.gather_N is not None:
+        results_MHD = results_MHD.index_select(0, packed.gather_N)
+    return results_MHD[None], None
+
+
+@dataclasses.dataclass
+class RowStates:
+    """Queries, keys or values of one row: lead (1, H, prompt and first answer, D), others (answers, H, longest, D)."""
+
+    lead: torch.Tensor
+    others: torch.Tensor
+
+
+def by_row(states_1HND: torch.Tensor, packed: PackedRows) -> list[RowStates]:
+    """Queries, keys or values of all tokens, (1, H, N, D), as those of each row."""
+    states_MHD = states_1HND[0].transpose(0, 1)
+    if packed.spread_M is not None:
+        states_MHD = states_MHD.index_select(0, packed.spread_M)
+    sizes = [size for row in packed.rows for size in (row.lead, row.others * row.longest)]
+    parts = states_MHD.split(sizes)
+    found = []
+    for row, lead, others in zip(packed.rows, parts[::2], parts[1::2], strict=True):
+        answers = others.unflatten(0, (row.others, row.longest))
+        found.append(RowStates(lead.transpose(0, 1)[None], answers.transpose(1, 2)))
+    return found
+
+
+def behind_prompt(states: RowStates, row: PackedRow) -> torch.Tensor:
+    """(answers, H, prompt + longest, D): the states of the prompt, then those of each further answer."""
+    prompt = states.lead[:, :, :row.prompt].expand(row.others, -1, -1, -1)
+    return torch.cat([prompt, states.others], 2)
+
+
+AttentionInterface.register(NAME, packed_attention)
+AttentionMaskInterface.register(NAME, sdpa_mask)  # ordinary passes keep their mask of padding

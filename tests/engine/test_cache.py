@@ -1,0 +1,108 @@
+"""harness.cache: blocks against transformers' own cache, and the room that answers need."""
+
+from harness import cache
+from harness.cache import BLOCK, SHARE, answers_that_fit, block_cache, bytes_of_answer
+
+import pytest
+import torch
+from transformers import DynamicCache, Qwen2_5_VLConfig
+
+QWEN_7B = dict(
+    hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28, num_key_value_heads=4,
+    vocab_size=152064)
+
+
+def states(rows, places, seed):
+    """Keys and values of `places` new tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(rows, 2, places, 3, generator=generator) for _ in range(2)]
+
+
+def plain_and_blocks(policy):
+    config = policy.config
+    return DynamicCache(config=config.get_text_config()), block_cache(config)
+
+
+def test_blocks_hold_what_the_plain_cache_holds(policy):
+    """A prompt, its repetition, hundreds of tokens, rows that leave: the same keys and values after every step."""
+    both = plain_and_blocks(policy)
+    rows = 3
+    places = 0
+    steps = [50, "repeat", *[1] * 20, "select", *[1] * 50, BLOCK + 1, "select", 1, 3 * BLOCK, 1]
+    for number, step in enumerate(steps):
+        for layer in range(len(both[0].layers)):
+            for some in both:
+                if step == "repeat":
+                    some.layers[layer].batch_repeat_interleave(2)
+                elif step == "select":
+                    some.layers[layer].batch_select_indices(torch.arange(0, rows, 2))
+                else:
+                    some.update(*states(rows, step, seed=100 * number + layer), layer)
+            plain, blocks = [some.layers[layer] for some in both]
+            assert torch.equal(plain.keys, blocks.keys)
+            assert torch.equal(plain.values, blocks.values)
+        rows = len(both[0].layers[0].keys)
+        places += step if isinstance(step, int) else 0
+        assert both[0].get_seq_length() == both[1].get_seq_length() == places
+
+
+def test_a_token_is_written_in_place_until_the_block_is_full(policy):
+    """The memory of the keys moves once in BLOCK tokens; the plain cache moves at every token."""
+    moves = {}
+    for name, some in zip(("plain", "blocks"), plain_and_blocks(policy), strict=True):
+        some.update(*states(2, 5, seed=0), 0)
+        moves[name] = 0
+        for step in range(4 * BLOCK):
+            before = some.layers[0].keys
+            some.update(*states(2, 1, seed=step), 0)
+            moves[name] += int(some.layers[0].keys.data_ptr() != before.data_ptr())
+    assert moves["blocks"] == 4
+    assert moves["plain"] > 3 * BLOCK
+
+
+def test_a_cropped_or_reordered_cache_goes_on_rightly(policy):
+    """What transformers' assisted decoding and beam search do to a cache."""
+    both = plain_and_blocks(policy)
+    for some in both:
+        some.update(*states(3, 70, seed=0), 0)
+        some.layers[0].crop(-9)
+        some.layers[0].reorder_cache(torch.tensor([2, 0, 0]))
+        some.update(*states(3, 5, seed=1), 0)
+    assert torch.equal(both[0].layers[0].keys, both[1].layers[0].keys)
+    assert torch.equal(both[0].layers[0].values, both[1].layers[0].values)
+
+
+# --- room -------------------------------------------------------------------------------------------------------------
+
+
+def test_an_answer_of_the_7b_needs_what_its_cache_needs():
+    """28 layers × 4 heads × 128 numbers × keys and values × bf16 = 57,344 bytes for a place."""
+    config = Qwen2_5_VLConfig(text_config=QWEN_7B)
+    need = bytes_of_answer(config, torch.bfloat16, prompt=500, answer=2048, generations=8)
+    places = 40 * BLOCK  # 2,548 tokens in whole blocks
+    assert 57_344 * places < need < 1.07 * 57_344 * places
+    twice = bytes_of_answer(config, torch.float32, prompt=500, answer=2048, generations=8)
+    logits = 32 * 152_064
+    assert twice - logits == 2 * (need - logits)
+
+
+def test_a_long_prompt_with_one_short_answer_needs_what_reading_it_needs():
+    """A group reads its prompt once: what that takes is shared by its answers."""
+    config = Qwen2_5_VLConfig(text_config=QWEN_7B)
+    alone = bytes_of_answer(config, torch.bfloat16, prompt=8000, answer=8, generations=1)
+    one_of_two = bytes_of_answer(config, torch.bfloat16, prompt=8000, answer=8, generations=2)
+    decoded = 57_344 * 126 * BLOCK
+    assert alone > 2 * decoded
+    assert one_of_two == alone // 2
+
+
+@pytest.mark.parametrize("free, kept, expected", [(100, 0, 8), (60, 40, 8), (5, 0, 1)])
+def test_waves_follow_the_free_memory(monkeypatch, free, kept, expected):
+    """Free is what the GPU says, and what torch's allocator keeps without using it. One answer is always tried."""
+    gpu = dict(
+        mem_get_info=lambda device: (free, 1000), memory_reserved=lambda device: 30 + kept,
+        memory_allocated=lambda device: 30)
+    for name, fn in gpu.items():
+        monkeypatch.setattr(cache.torch.cuda, name, fn)
+    assert SHARE == 0.8
+    assert answers_that_fit(10, torch.device("cuda")) == expected
