@@ -30,6 +30,7 @@ from harness.answers import VERIFIERS, box_iou, final_answer, in_pixels, same_ma
 from harness.attention import NAME as PACKED_ROWS
 from harness.attention import pack_rows
 from harness.cache import ON_A_CPU, answers_that_fit, block_cache, bytes_of_answer
+from harness.disk import written_beside
 from harness.flags import UserError, is_toy
 from harness.rollout import Prompts, Rollout, name_of
 from harness.run import Run, bootstrap, generator
@@ -155,7 +156,8 @@ def load_policy(
             raise UserError(f"model {name} is a {config.model_type}; only Qwen2.5-VL (qwen2_5_vl) is read here")
         tokenizer = AutoTokenizer.from_pretrained(folder)
         image_processor = AutoImageProcessor.from_pretrained(folder)
-        dtype = config.dtype or torch.float32
+        own_dtype = config.dtype or torch.float32
+        dtype = own_dtype
         if train:
             dtype = torch.float32  # trap: bf16 adam
         if run is not None and run.sharded:
@@ -167,6 +169,7 @@ def load_policy(
         raise UserError(f"model {name} is no folder or name of a model that can be loaded: {reason}") from None
     image_processor.size = dict(  # trap: pixel budget
         shortest_edge=MIN_PIXELS, longest_edge=args.max_pixels if args else MAX_PIXELS)
+    policy.own_dtype = own_dtype  # it will be saved as what it was
     policy.set_vocabulary(tokenizer)
     policy.requires_grad_(train)
     policy.model.visual.requires_grad_(train and args.train_vision)
@@ -220,17 +223,23 @@ def trained_weights(policy: Policy) -> list[torch.nn.Parameter]:
 
 
 def save_policy(policy: Policy, processor: Processor, folder: str, is_main: bool = True):
-    """Writes the hub's layout: safetensors, config, tokenizer, preprocessor_config. A collective call when sharded."""
+    """Writes the hub's layout: safetensors, config, tokenizer, preprocessor_config. A collective call when sharded.
+
+    The weights have the dtype that the model was loaded from, whatever it was trained in. UserError where the disk is
+    full. What makes a folder a model comes last, so that half a model is never taken for one.
+    """
     weights = sharding.whole_weights(policy)
     if not is_main:
         return
+    sharding.cast(weights, policy.own_dtype)
     with init_empty_weights():  # a shell of the plain class, so that config.json names what others can load
-        shell = AutoModelForImageTextToText.from_config(policy.config)
+        shell = AutoModelForImageTextToText.from_config(policy.config, dtype=policy.own_dtype)
     shell.tie_weights()
     shell.generation_config = policy.generation_config
-    shell.save_pretrained(folder, state_dict=weights)
-    processor.tokenizer.save_pretrained(folder)
-    processor.image_processor.save_pretrained(folder)
+    with written_beside("the model", folder, needed=sum(weight.nbytes for weight in weights.values())) as beside:
+        shell.save_pretrained(beside, state_dict=weights)
+        processor.tokenizer.save_pretrained(beside)
+        processor.image_processor.save_pretrained(beside)
 
 
 def fingerprint(model: str) -> str:
@@ -752,6 +761,7 @@ def finish(run: Run, policy: Policy, processor: Processor):
     It stands after the loop, so a loop that was left by `break` ends here too. `run.stop()` before run.due ends a run
     in better order: the step is the last, held-out accuracy is measured once more, and a checkpoint remembers it.
     """
+    run.listen_no_more()  # a signal ends the process again: the last checkpoint stands until all is written
     run.bar.close()
     if run.done < run.args.max_steps:  # trap: early break
         run.say(f"ended after step {run.done} of {run.args.max_steps}")

@@ -246,6 +246,8 @@ def main(args):
         # --- checkpoint -----------------------------------------------------------------------------------------------
         if run.due(args.save_steps):
             run.save_checkpoint(step)
+        if run.asked_to_end():  # by SIGTERM or SIGUSR1; --resume goes on
+            return run.leave(step)
 
     finish(run, policy, processor)
 

@@ -251,6 +251,13 @@ def check_flags(args):
         raise UserError("--kl_target adapts β, which is 0: give --beta too")
 
 
+def check_clusters(args):
+    """UserError where a group has too few answers for its clusters."""
+    if args.num_generations < args.clusters * args.min_cluster:
+        raise UserError(f"--num_generations {args.num_generations} cannot fill --clusters {args.clusters} of at least "
+                        f"--min_cluster {args.min_cluster} answers")
+
+
 def update(run, policy, optimizer, rollout, *, plan, advantage_BT, weight_BT, old_logp_BT, ref_logp_BT):
     """The optimiser updates of one rollout, GRPO's eq. (2) to (5). Returns their metrics, averaged over the updates.
 
@@ -287,9 +294,7 @@ def update(run, policy, optimizer, rollout, *, plan, advantage_BT, weight_BT, ol
 
 def main(args):
     check_flags(args)
-    if args.num_generations < args.clusters * args.min_cluster:
-        raise UserError(f"--num_generations {args.num_generations} cannot fill --clusters {args.clusters} of at least "
-                        f"--min_cluster {args.min_cluster} answers")
+    check_clusters(args)
     run = Run(args)
     embed = load_embedder(args.embedder, run.device)
     problems = load_problems(args.dataset)
@@ -377,6 +382,8 @@ def main(args):
         # --- checkpoint -----------------------------------------------------------------------------------------------
         if run.due(args.save_steps):
             run.save_checkpoint(step)
+        if run.asked_to_end():  # by SIGTERM or SIGUSR1; --resume goes on
+            return run.leave(step)
 
     finish(run, policy, processor)
 

@@ -206,6 +206,17 @@ def show_help(parser: argparse.ArgumentParser, values: dict, sources: dict):
     parser.exit()
 
 
+# What the collectives of gloo and of NCCL say when a process at the other end is no more.
+LOST = ("onnection closed by peer", "onnection reset by peer", "Broken pipe", "remote process exited")
+
+
+def has_lost_a_process(error: BaseException) -> bool:
+    """Whether an error comes from a collective call whose other processes have ended."""
+    alone = not dist.is_initialized() or dist.get_world_size() == 1
+    of_a_file = isinstance(error, OSError)  # a pipe that a user closed
+    return not alone and not of_a_file and any(words in str(error) for words in LOST)
+
+
 def launch(script: str, main: Callable, flags: Callable, **settings):
     """Parses the flags and runs `main(args)`. A UserError becomes one line on stderr and exit status 2."""
     try:
@@ -215,6 +226,12 @@ def launch(script: str, main: Callable, flags: Callable, **settings):
         who = f" (rank {rank})" if rank else ""
         print(f"error{who}: {error}", file=sys.stderr)
         sys.exit(2)
+    except BaseException as error:
+        if not has_lost_a_process(error):
+            raise
+        print(f"error (rank {dist.get_rank()}): another process of this run has ended; its own last words say why. "
+              "--resume goes on from the newest checkpoint", file=sys.stderr, flush=True)
+        os._exit(1)  # an orderly end would wait for the process that is no more
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -8,7 +8,20 @@ Nothing here knows what a model is: `Run` is given modules and an optimizer to k
         run.lap("sample")                 how long did this part take?
         run.log(step, metrics, samples)   a line of metrics.jsonl, a few of samples.jsonl
         run.save_checkpoint(step)
+        if run.asked_to_end(): ...        a signal came: run.leave(step) instead of finishing
     run.end()                             checkpoints away, trackers closed
+
+Signals. SIGTERM or SIGUSR1 asks a run to end: behind its present step it saves a checkpoint and exits with status 0.
+A second one ends it at once (within five seconds it is taken for a copy of the first). torchrun and accelerate launch
+hand a SIGTERM on, but kill what still runs 30 seconds later: where a step takes longer, have the scheduler send SIGUSR1
+in time, and the launcher ignore it. With SLURM:
+
+    #SBATCH --signal=USR1@900             15 minutes before the time is over, to every process of the job's steps
+    trap '' USR1                          the launcher ignores it, and the scripts still hear it
+    srun --kill-on-bad-exit=1 accelerate launch ... grpo.py --resume
+
+A process that dies. The launcher ends the others of its node, within 30 seconds. On other nodes they see the connection
+close, and end with one line; --kill-on-bad-exit has SLURM end those that do not see it.
 """
 
 import hashlib
@@ -16,6 +29,7 @@ import json
 import math
 import os
 import shutil
+import signal
 import sys
 import time
 import warnings
@@ -24,7 +38,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
 
-from harness.flags import UserError
+from harness.disk import append_whole, check_room, discard, free_bytes, room_for, write_atomically, write_rows
+from harness.flags import UserError, has_lost_a_process
+from harness.sharding import is_finite
 from harness.threads import watch_cores
 
 import numpy as np
@@ -33,6 +49,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import transformers
 from accelerate import Accelerator, InitProcessGroupKwargs
+from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from tqdm import tqdm
 
@@ -41,6 +58,10 @@ FREE_ON_RESUME = {"resume", "output_dir", "report_to", "save_steps", "sample_bat
 # While one process loads or grades, the others wait: ten minutes, the usual limit, would end the job on the first
 # download of a large model. A process that dies is noticed at once all the same, by what launched it.
 TIMEOUT = timedelta(hours=12)  # trap: collective timeout
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # each asks a run to end
+# Seconds in which a second signal is the first one's copy: a scheduler signals every process, and the launcher hands
+# the signal that it got itself to its processes too.
+SAME_REQUEST = 5.0
 ROWS_OF_STEPS = ("metrics.jsonl", "samples.jsonl", "signals.jsonl", "clusters.jsonl")
 
 
@@ -60,6 +81,9 @@ class Run:
         self.done = 0
         self.bar = None
         self.pictures = {}
+        self.saved = None  # the step of the newest checkpoint of this process's own
+        self.handlers = {}  # what a signal did before
+        self.asked_at = None  # when a signal asked the run to end
         refuse_plugins()
         check_writable(self.folder, "--output_dir")
         if os.path.exists(self.path("metrics.jsonl")) and not args.resume:
@@ -135,9 +159,11 @@ class Run:
         """
         self.policy = policy
         self.optimizer = optimizer
+        self.check_disk()
         self.open_folder()
         if self.args.resume:
             self.load_checkpoint()
+        self.check_weights()
         for name in ROWS_OF_STEPS:
             self.drop_unfinished_steps(self.path(name))
         trained = sum(weight.numel() for weight in policy.parameters() if weight.requires_grad)
@@ -145,6 +171,23 @@ class Run:
         self.say(f"{self.args.script}: {self.args.model}, {everything / 1e6:,.2f} M weights, {trained / 1e6:,.2f} M of "
                  f"them trained, on {self.world} x {self.device.type}; writing to {self.folder}")
         self.bar = tqdm(total=self.args.max_steps, initial=self.done, desc=self.args.script, disable=not self.is_main)
+        self.listen()
+
+    def check_disk(self):
+        """UserError unless the checkpoints of this run fit on the disk: one, or two while one replaces another."""
+        free = self.gather(free_bytes(self.folder))[0]
+        wanted = 1 if self.args.save_steps == 0 or self.args.save_steps >= self.args.max_steps else 2
+        missing = max(1, wanted - len(self.gather(self.checkpoints())[0]))
+        what = f"{self.folder}: the run with its checkpoints (up to {wanted} at a time)"
+        check_room(what, self.folder, missing * self.checkpoint_bytes(), free)
+
+    def checkpoint_bytes(self) -> int:
+        """The size of a checkpoint: all weights, and two numbers of AdamW for each that is trained."""
+        total = 0
+        for weight in self.policy.parameters():
+            copies = 3 if weight.requires_grad else 1
+            total += copies * weight.numel() * weight.element_size()
+        return total
 
     def open_folder(self):
         """Writes args.json. UserError where --resume would change a flag that changes the numbers."""
@@ -184,6 +227,45 @@ class Run:
     def stop(self):
         """Makes the present step the last one. A checkpoint remembers it."""
         self.state["stopped"] = True
+
+    # --- signals: the end that a scheduler asks for ---
+
+    def listen(self):
+        """From now on SIGTERM and SIGUSR1 do not end the process, but ask the run to end behind its present step."""
+        for number in SIGNALS:
+            self.handlers[number] = signal.signal(number, self.note_signal) or signal.SIG_DFL
+
+    def note_signal(self, number: int, frame: object):
+        """Notes the first signal. A second one, unless it is only the first one's copy, does what it did before."""
+        now = time.monotonic()
+        if self.asked_at is None:
+            self.asked_at = now
+        elif now - self.asked_at > SAME_REQUEST:
+            self.listen_no_more()
+
+    def listen_no_more(self):
+        """From now on signals do what they did before. One that came and was not acted upon does so at once."""
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+        self.handlers = {}
+        if self.asked_at is not None:  # trap: swallowed signal
+            self.asked_at = None
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def asked_to_end(self) -> bool:
+        """Whether a signal has asked any of the processes to end. A collective call: they leave together or not."""
+        return bool(self.sum(float(self.asked_at is not None)) > 0)
+
+    def leave(self, step: int):
+        """Ends a run that was asked to, behind a checkpoint of this step. No model is saved: it is not finished."""
+        if self.saved != step:
+            self.save_checkpoint(step)
+        self.asked_at = None
+        self.listen_no_more()
+        self.bar.close()
+        self.say(f"asked to end: checkpoint-{step} is saved in {self.folder}; the same command with --resume goes on")
+        self.accelerator.wait_for_everyone()
+        self.accelerator.end_training()
 
     def due(self, every: int) -> bool:
         """Whether something is due that is done every so many steps (0: never) and after the last one."""
@@ -249,8 +331,7 @@ class Run:
     def append(self, path: str, rows: Iterable[dict]):
         """Adds rows to a .jsonl file."""
         if self.is_main:
-            with open(path, "a") as file:
-                file.writelines(json.dumps(row) + "\n" for row in rows)
+            append_whole(path, "".join(json.dumps(row) + "\n" for row in rows))
 
     def read_lines(self, path: str) -> list[dict]:
         """The rows of a .jsonl file, on every process, without a last line that a kill cut short."""
@@ -263,8 +344,11 @@ class Run:
 
     def drop_unfinished_steps(self, path: str):
         """Drops what a killed run wrote after its last checkpoint, so that no step stands twice."""
-        rows = self.read_lines(path)
-        kept = [row for row in rows if self.done > 0 and row["step"] <= self.done]
+        try:
+            rows = self.read_lines(path)
+            kept = [row for row in rows if self.done > 0 and row["step"] <= self.done]
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path} holds a line that is no row of a step ({error}); take that line out") from None
         if self.is_main and os.path.exists(path):
             write_rows(path, kept)
 
@@ -312,19 +396,39 @@ class Run:
     # --- checkpoints: the same numbers after a kill at any moment ---
 
     def save_checkpoint(self, step: int):
-        """Writes checkpoint-N under a temporary name, then renames it: a kill leaves the old one or the new one."""
-        final = self.path(f"checkpoint-{step}")
+        """Writes checkpoint-N under a temporary name, then renames it: a kill leaves the old one or the new one.
+
+        UserError where the disk is full: then the old one stands.
+        """
+        name = f"checkpoint-{step}"
+        final = self.path(name)
         temporary = self.path("checkpoint.tmp")
-        if self.is_main:
-            shutil.rmtree(temporary, ignore_errors=True)
-        self.accelerator.wait_for_everyone()
+        self.clear_away(temporary)
         weights, moments = get_state_dict(self.policy, self.optimizer)
-        dcp.save(dict(weights=weights, moments=moments), checkpoint_id=temporary)
+        try:
+            with room_for(name, self.folder, self.checkpoint_bytes()):
+                dcp.save(dict(weights=weights, moments=moments), checkpoint_id=temporary)
+        except UserError:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
         if self.is_main:
-            write_atomically(os.path.join(temporary, "state.json"), json.dumps([step, self.state], default=float))
+            sizes = {path.name: path.stat().st_size for path in Path(temporary).iterdir()}
+            about = json.dumps([step, self.state, sizes], default=float)
+            write_atomically(os.path.join(temporary, "state.json"), about)
             older = self.checkpoints()
+            if step in older:  # a torn one, which was not resumed from
+                discard(final, self.path("torn.tmp"))
+                older.remove(step)
             os.rename(temporary, final)
             self.remove_checkpoints(older)
+        self.saved = step
+        self.accelerator.wait_for_everyone()
+
+    def clear_away(self, folder: str):
+        """Removes what a kill, or a full disk, left of a folder."""
+        self.accelerator.wait_for_everyone()
+        if self.is_main:
+            shutil.rmtree(folder, ignore_errors=True)
         self.accelerator.wait_for_everyone()
 
     def checkpoints(self) -> list[int]:
@@ -335,26 +439,60 @@ class Run:
 
     def remove_checkpoints(self, steps: Iterable[int]):
         for step in steps:
-            shutil.rmtree(self.path(f"checkpoint-{step}"))
+            discard(self.path(f"checkpoint-{step}"), self.path("checkpoint.tmp"))
 
     def load_checkpoint(self):
-        """Goes on from the newest checkpoint, if there is one."""
-        steps = self.gather(self.checkpoints())[0]  # the first process decides for all  # trap: whose disk
+        """Goes on from the newest checkpoint that is whole, if there is one. UserError where all are torn."""
+        self.clear_away(self.path("checkpoint.tmp"))
+        # The first process decides for all.  # trap: whose disk
+        steps, faults = self.gather(self.whole_checkpoints())[0]
+        if not steps and faults:
+            raise UserError(f"--resume: {faults[-1]}, and no other checkpoint is whole: name another --output_dir")
         if not steps and os.path.exists(self.path("config.json")):
             raise UserError(f"--resume: the run in {self.folder} is finished; name another --output_dir")
         if not steps:
             self.say(f"--resume: no checkpoint in {self.folder}; starting from the beginning")
             return
+        for fault in faults:
+            self.say(f"--resume: {fault}; it is left out")
         folder = self.path(f"checkpoint-{steps[-1]}")
         self.check_shared(folder)
         weights, moments = get_state_dict(self.policy, self.optimizer)
-        dcp.load(dict(weights=weights, moments=moments), checkpoint_id=folder)
+        try:
+            dcp.load(dict(weights=weights, moments=moments), checkpoint_id=folder)
+        except CheckpointException as error:
+            if has_lost_a_process(error):
+                raise
+            reason = " ".join(str(error).split())[-160:]
+            raise UserError(f"--resume: {folder} cannot be read ({reason}); name another --output_dir") from None
         set_state_dict(self.policy, self.optimizer, model_state_dict=weights, optim_state_dict=moments)
-        self.done, self.state = json.loads(Path(folder, "state.json").read_text())
+        self.done, self.state, _ = json.loads(Path(folder, "state.json").read_text())
         self.say(f"--resume: going on from step {self.done}")
+
+    def whole_checkpoints(self) -> tuple[list[int], list[str]]:
+        """The steps of the checkpoints that are whole, and what is wrong with the others."""
+        whole = []
+        faults = []
+        for step in self.checkpoints():
+            fault = fault_of(self.path(f"checkpoint-{step}"))
+            if fault:
+                faults.append(fault)
+            else:
+                whole.append(step)
+        return whole, faults
+
+    def check_weights(self):
+        """UserError where a weight of the policy is not finite: the model, or the checkpoint, was broken before."""
+        source = f"checkpoint-{self.done} in {self.folder}" if self.done else f"model {self.args.model}"
+        broken = [name for name, weight in self.policy.named_parameters() if not is_finite(weight)]
+        everyones = [name for theirs in self.gather(broken) for name in theirs]
+        if everyones:
+            raise UserError(f"{source} has weights that are not finite, {everyones[0]} for one: take another model, "
+                            "and another --output_dir")
 
     def end(self):
         """Removes the checkpoints and closes the trackers. The last thing a run does, after its model is saved."""
+        self.listen_no_more()
         if self.is_main:
             self.remove_checkpoints(self.checkpoints())
         self.accelerator.wait_for_everyone()  # a process that ends while another still works can abort on its way out
@@ -389,16 +527,19 @@ def check_writable(folder: str, flag: str):
         raise UserError(f"{flag} {folder}: cannot write to {place}; name another folder")
 
 
-def write_atomically(path: str | Path, text: str):
-    """Writes `text` beside `path`, then renames: a kill leaves the old file or the new one, never half of one."""
-    beside = Path(f"{path}.{os.getpid()}.tmp")  # with the process's number: two runs may write one file
-    beside.write_text(text)
-    os.replace(beside, path)
-
-
-def write_rows(path: str | Path, rows: Iterable[dict]):
-    """Writes a .jsonl file whole."""
-    write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows))
+def fault_of(folder: str) -> str | None:
+    """What is wrong with a checkpoint on the disk: a file that lacks, or has another size than it was written with."""
+    path = Path(folder, "state.json")
+    try:
+        _, _, sizes = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return f"{folder} is torn: state.json is missing or unreadable"
+    for name, size in sizes.items():  # trap: torn checkpoint
+        path = Path(folder, name)
+        found = path.stat().st_size if path.exists() else 0
+        if found != size:
+            return f"{folder} is torn: {name} has {found} of {size} bytes"
+    return None
 
 
 def seed_of(*key: object) -> int:

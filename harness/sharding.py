@@ -43,6 +43,16 @@ def whole_weights(model: torch.nn.Module) -> dict:
     return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
 
 
+def cast(weights: dict, dtype: torch.dtype):
+    """Gives whole weights another dtype, one after the other, in the dict. Two names of one weight stay one weight."""
+    casts = {}
+    for name, weight in weights.items():
+        place = (weight.data_ptr(), weight.shape)
+        if place not in casts:
+            casts[place] = weight.to(dtype)
+        weights[name] = casts[place]
+
+
 @contextlib.contextmanager
 def gathered(model: torch.nn.Module) -> Iterator[None]:
     """All weights on every process while sampling: one gather, then no collectives, so any process may end first."""

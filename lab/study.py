@@ -222,6 +222,8 @@ class Bench:
         if status:
             said = last_words(log)
             raise UserError(f"{folder.name}: {script} ended with status {status}, saying: {said}")
+        if not self.last_file(name, seed).exists():
+            raise UserError(f"{folder.name}: {script} was asked to end before its last step; the same command goes on")
 
     def run(self, words, folder, log, core):
         """Runs one command on `core` until it ends, and counts its steps meanwhile. Returns its exit status."""
@@ -251,8 +253,10 @@ class Bench:
         """Ends the runs that are under way: nobody would look after them. They can continue from their checkpoints."""
         with self.lock:
             self.stopped = True
-        for process in list(self.running):
+        left = list(self.running)
+        for process in left:
             process.terminate()
+        for process in left:  # each ends behind its present step
             process.wait()
 
     def make_all(self, names, seeds):

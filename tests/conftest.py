@@ -1,6 +1,7 @@
 """What the tests share: a small untrained model in the hub's layout, and problems with pictures of several sizes."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,15 @@ import common
 from tabletop import models
 
 ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(autouse=True)
+def signals_as_before():
+    """A run that a test left by an error does not listen for signals any more: they are pytest's again."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,7 @@
 compare: every gradient (gathered), every answer. `python tests/drive.py grpo --model ...`, torchrun likewise.
 
 LOGITS=16384 makes small chunks of the head's positions.
+TERM_AT=3 has the last process signalled to end there (SIGNAL=USR1: by SIGUSR1), and its launcher too.
 KILL_AT=3 ends the process with SIGKILL once the line of step 3 is written; KILL_AT=checkpoint while a checkpoint is.
 """
 
@@ -41,6 +42,11 @@ class Run(harness.run.Run):
         super().log(step, *args, **kwargs)
         if os.environ.get("KILL_AT") == str(step):
             die()
+        if os.environ.get("TERM_AT") == str(step) and self.rank == self.world - 1:
+            number = signal.Signals[f"SIG{os.environ.get('SIGNAL', 'TERM')}"]
+            if self.world > 1:
+                os.kill(os.getppid(), number)
+            os.kill(os.getpid(), number)
 
 
 class Watch:

@@ -4,6 +4,7 @@ A NaN that is noticed late looks like a learning rate that is too high.
 """
 
 import math
+import shutil
 
 import grpo
 from common import UserError, forced, read, token_logps
@@ -13,6 +14,7 @@ import drive
 import pytest
 import torch
 from references import draw
+from transformers import AutoModelForImageTextToText
 
 ONE_STEP = (
     "--dataset", "toy@train:8",
@@ -134,6 +136,19 @@ def test_a_weight_that_is_no_number_is_met_when_it_samples(policy, processor, pr
             draw(policy, processor, problems)
     finally:
         weight.data[0, 0] = kept
+
+
+def test_a_model_with_a_weight_that_is_no_number_is_refused_at_the_start(capsys, folder, tmp_path):
+    """By its name, before anything is sampled from it."""
+    model = AutoModelForImageTextToText.from_pretrained(folder)
+    model.model.language_model.layers[1].mlp.up_proj.weight.data[0, 0] = math.nan
+    broken = shutil.copytree(folder, tmp_path / "broken")
+    model.save_pretrained(broken)
+    with pytest.raises(SystemExit) as caught:
+        drive.go("grpo", "--model", broken, "--output_dir", tmp_path / "run", *ONE_STEP)
+    assert caught.value.code == 2
+    line, = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
+    assert f"model {broken} has weights that are not finite, model.language_model.layers.1.mlp.up_proj.weight" in line
 
 
 @pytest.mark.parametrize("batches", [None, [[12, 13, 14], [0, 1, 2, 3], [6, 7, 8, 9, 10, 11], [4, 5]]])

@@ -1,12 +1,17 @@
 """Several processes: how long they wait for each other, and whose folder counts."""
 
+import os
+import socket
+import subprocess
+import sys
 import textwrap
+import time
 from datetime import timedelta
 
 import harness.run
 
 import pytest
-from conftest import run_script
+from conftest import ROOT, run_script
 
 START = """
 import argparse, os, sys
@@ -18,7 +23,7 @@ import torch
 def args(folder, resume=False):
     return argparse.Namespace(
         output_dir=folder, resume=resume, report_to="none", script="grpo", model="toy", max_steps=3, prompts_per_step=4,
-        updates_per_step=1, seed=1)
+        updates_per_step=1, seed=1, save_steps=1)
 """
 
 
@@ -57,6 +62,7 @@ def test_trap_whose_disk(tmp_path, leftover):
         flags = harness.run.json.dumps(vars(here))
         if int(os.environ["RANK"]) == 0:
             os.makedirs("run/checkpoint-1")
+            open("run/checkpoint-1/state.json", "w").write("[1, {{}}, {{}}]")
         else:
             os.makedirs("elsewhere/run")
             os.chdir("elsewhere")
@@ -73,3 +79,57 @@ def test_trap_whose_disk(tmp_path, leftover):
     """)
     for rank in (0, 1):
         assert f"rank {rank}: --output_dir run: process 1 does not see" in done.stdout, done.stdout + done.stderr
+
+
+# --- a process that dies ----------------------------------------------------------------------------------------------
+
+DIES = """
+    import signal
+    from harness.flags import launch
+
+    def main(_):
+        run = Run(args("run"))
+        run.listen()
+        run.gather(1)
+        if run.rank == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        {waits}
+
+    launch("grpo", main, lambda parser: None)
+"""
+LAST_WORDS = "error (rank 0): another process of this run has ended; its own last words say why"
+
+
+def test_a_process_that_dies_ends_the_others(tmp_path):
+    """Killed while the other waits for it: the launcher comes back soon, with one line and no traceback of ours."""
+    began = time.monotonic()
+    done = processes(tmp_path, DIES.format(waits="run.sum(1.0)"))
+    assert time.monotonic() - began < 60
+    assert done.returncode == 1
+    assert done.stderr.count(LAST_WORDS) == 1
+    assert "RuntimeError" not in done.stderr
+
+
+def test_a_process_that_dies_on_another_node(tmp_path):
+    """Two launchers, as on two nodes: the second node's process is killed, and the first node ends by itself."""
+    path = tmp_path / "node.py"
+    path.write_text(START + textwrap.dedent(DIES.format(waits="run.gather(1)")))
+    with socket.socket() as some:
+        some.bind(("localhost", 0))
+        port = some.getsockname()[1]
+    nodes = []
+    for rank in (0, 1):
+        command = [
+            sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--node_rank", str(rank),
+            "--nproc_per_node", "1", "--master_addr", "localhost", "--master_port", str(port), str(path)]
+        environment = os.environ | {"ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT)}
+        nodes.append(subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True))
+    try:
+        _, said = nodes[0].communicate(timeout=90)
+    finally:
+        for node in nodes:
+            node.kill()
+            node.wait()
+    assert nodes[0].returncode == 1
+    assert said.count(LAST_WORDS) == 1
+    assert "RuntimeError" not in said

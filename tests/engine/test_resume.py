@@ -187,7 +187,7 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
         raise OSError("no space left")
 
     monkeypatch.setattr("pathlib.Path.write_text", full_disk)
-    with pytest.raises(OSError, match="no space"):
+    with pytest.raises(UserError, match="table.json cannot be written .* no space left"):
         write_atomically(path, "second")
     monkeypatch.undo()
     assert path.read_text() == "first"

@@ -4,6 +4,7 @@ opd.py is the script that has one: a teacher reads what the student wrote.
 """
 
 import argparse
+import json
 import os
 import shutil
 import sys
@@ -19,6 +20,7 @@ import torch
 import torch.distributed as dist
 from conftest import ROOT, run_script
 from references import draw
+from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 from whole_runs import SMALL, assert_same_run, drive_watching, metrics, no_page
 
@@ -176,15 +178,46 @@ def types(model):
 
 
 def test_a_teacher_in_bf16_stays_so_and_a_student_is_fp32(folder, halves, tmp_path):
-    """A model that is only read keeps its checkpoint's dtype; what is trained has fp32 masters, and is saved so."""
+    """A model that is only read keeps its checkpoint's dtype; what is trained has fp32 masters, and is saved in bf16.
+    """
     student_folder, teacher_folder = halves
     flags = (*FLAGS, "--max_steps", 1, "--teacher", teacher_folder)
     place, distil = distilled_run(student_folder, tmp_path / "run", *flags)
     _, student, _, _ = distil.given[0]
     assert types(student) == {torch.float32}
     assert types(distil.named[0]["teacher"]) == {torch.bfloat16}
-    assert types(common.load_policy(str(place))[0]) == {torch.float32}
+    assert types(common.load_policy(str(place))[0]) == {torch.bfloat16}
     assert types(common.load_policy(folder)[0]) == {torch.float32}
+    assert_is_rounded(student, place, student_folder)
+
+
+def assert_is_rounded(student, place, source):
+    """What a run saved is its fp32 masters in bf16, under the names of what it was loaded from; config.json says so."""
+    saved = load_file(place / "model.safetensors")
+    assert saved.keys() == load_file(f"{source}/model.safetensors").keys()
+    assert {weight.dtype for weight in saved.values()} == {torch.bfloat16}
+    assert json.loads((place / "config.json").read_text())["dtype"] == "bfloat16"
+    loaded = common.load_policy(str(place))[0].state_dict()
+    for name, weight in harness.sharding.whole_weights(student).items():
+        assert weight.dtype == torch.float32
+        assert torch.equal(loaded[name], weight.to(torch.bfloat16))
+
+
+def test_shards_are_saved_in_the_dtype_they_came_in(halves, tmp_path):
+    """A sharded model of fp32 masters gives the same folder; trained or not, it is the checkpoint that it came from."""
+    args = argparse.Namespace(max_pixels=10**6, train_vision=True, gradient_checkpointing=False)
+    run = argparse.Namespace(args=args, sharded=True, device=torch.device("cpu"))
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        policy, processor = common.load_policy(halves[0], run, train=True)
+        assert types(policy) == {torch.float32}
+        common.save_policy(policy, processor, str(tmp_path / "saved"))
+        assert_is_rounded(policy, tmp_path / "saved", halves[0])
+    finally:
+        dist.destroy_process_group()
+    before = load_file(f"{halves[0]}/model.safetensors")
+    after = load_file(tmp_path / "saved" / "model.safetensors")
+    assert all(torch.equal(before[name], after[name]) for name in before)
 
 
 @pytest.mark.parametrize("train, dtype", [(True, torch.float32), (False, torch.bfloat16)])

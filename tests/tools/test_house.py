@@ -245,6 +245,7 @@ def test_eval_passk_has_the_model_flags_alone():
 TRAPS = """temperature; truncated sampling; vision tokens sampled; end of text; mrope; left padding; image rows;
     prompt truncation; pixel budget; ratio; kl; normaliser; masks; group std; entropy; double detach; unwrapped forward;
     sharded generate; bf16 adam; checkpointing and cache; seeds; stale rope_deltas; regex; unreadable gold;
+    full disk; torn checkpoint; swallowed signal;
     words as algebra; hostile answers; pass at k; broken problems; padding pass; regrouped subset; early break;
     collective timeout; whose disk; false cause; busy cores; one core"""
 

@@ -21,6 +21,8 @@ with open("calls", "a") as file:
 if flags.get("seed") == os.environ.get("FAIL"):
     print("error: no luck\\n  30%|###", end="")  # as an open bar leaves it
     sys.exit(2)
+if flags.get("seed") == os.environ.get("ASKED"):  # asked to end: a checkpoint, and no model
+    sys.exit(0)
 if flags.get("seed") in os.environ.get("WAIT", ""):
     time.sleep(60)
 json.dump(flags, open(folder + "/args.json", "w"))
@@ -142,6 +144,16 @@ def test_trap_one_core(bench, monkeypatch):
     with pytest.raises(UserError, match="vepo-2: fake.py ended with status 2, saying: error: no luck"):
         bench.make_all(("vepo",), (1, 2, 3))
     assert {process.returncode for process in processes} == {2, -signal.SIGTERM}
+
+
+def test_a_run_that_was_asked_to_end_is_not_done(bench, monkeypatch):
+    """It ends with status 0, and its model is not there: the study says so, and the same command goes on with it."""
+    monkeypatch.setenv("ASKED", "1")
+    with pytest.raises(UserError, match="vepo-1: fake.py was asked to end before its last step"):
+        bench.make_all(("vepo",), (1,))
+    monkeypatch.delenv("ASKED")
+    study.Bench(bench.place, quick=False, jobs=1).make_all(("vepo",), (1,))
+    assert bench.last_file("vepo", 1).exists()
 
 
 def test_a_study_that_is_stopped_stops_its_runs(bench, monkeypatch):
