@@ -13,7 +13,8 @@ row with its prompt. Equation numbers are ours; we could not read the papers' ow
 
 The traces are the data set's own (a column `trace`), or with --teacher the teacher's own verified answers to the
 given problems: --teacher_samples are sampled to each, and those that are right and well-formed are kept (rejection
-sampling). They are kept on disk too, so that another run with the same teacher does not sample again.
+sampling). They are kept on disk too, so that another run with the same teacher does not sample again. --traces without
+a teacher reads them from a file that was written elsewhere: harness/traces.py says what stands in it.
 
 --soft_targets replaces the trace's single token by the teacher's whole distribution q, the forward KL that
 distillation off-policy minimises (Hinton et al., arXiv 1503.02531). It stands between (1), which asks for one word on
@@ -32,7 +33,8 @@ Shapes: B traces, T tokens of the longest.
     python sft.py                                                                         a laptop, a minute
     accelerate launch sft.py --model Qwen/Qwen2.5-VL-7B-Instruct --teacher Qwen/Qwen2.5-VL-32B-Instruct
 
-While it samples, a teacher stands whole on every GPU (bf16, 2 bytes a weight, beside its shard).
+While it samples, a teacher stands whole on every GPU (bf16, 2 bytes a weight, beside its shard). One that does not fit
+is refused before it is loaded: have it write its answers elsewhere, and give them with --traces.
 
 A healthy run: loss and eval_loss fall together; where eval_loss turns up, over-training begins.
 """
@@ -60,9 +62,11 @@ from common import (
     trained_weights,
 )
 from harness.flags import MODEL_FLAGS, TRAIN_FLAGS, at_least, launch
+from harness.memory import check_fits_whole
 from harness.problems import WithTraces
 from harness.run import Run, check_writable, learning_rate
 from harness.sharding import clip_gradients
+from harness.traces import given_traces
 from harness.updates import plan_updates
 
 import torch
@@ -110,7 +114,8 @@ def flags(parser):
                         help="the model to learn from, of the student's family; in sft.py none: the data's traces")
     parser.add_argument("--teacher_samples", type=at_least(1), default=4,
                         help="answers the teacher samples to each problem")
-    parser.add_argument("--traces", default="", help="file that keeps the teacher's answers (default: by settings)")
+    parser.add_argument("--traces", default="",
+                        help="file that keeps the teacher's answers; without --teacher, a file to read them from")
     parser.add_argument("--soft_targets", action="store_true", help="learn the teacher's distributions, eq. (2)")
     parser.add_argument("--max_tokens", type=at_least(0), default=0,
                         help="train on so many tokens of traces (0: --max_steps)")
@@ -150,6 +155,8 @@ def teacher_traces(run, problems, loaded=None):
     os.makedirs(folder, exist_ok=True)
 
     def prepare(_):
+        advice = "have it write its answers elsewhere, and give them with --traces and without --teacher"
+        check_fits_whole(run, f"--teacher {args.teacher}", find_model(args.teacher, run), advice)
         teacher, processor = loaded or load_policy(args.teacher, run)
 
         def answer(some):
@@ -173,8 +180,25 @@ def verified(rollout, b):
     """One answer of the teacher, as it is kept: a trace is worth learning if it is right and well-formed."""
     problem = rollout.problems[b]
     text = rollout.texts[b]
-    right = is_right(problem, text) and format_reward(problem, text) == 1.0
-    return dict(id=problem["id"], text=text, tokens=int(rollout.mask_BT[b].sum()), right=right)
+    return dict(id=problem["id"], text=text, tokens=int(rollout.mask_BT[b].sum()), right=is_good(problem, text))
+
+
+def is_good(problem, text):
+    """Whether an answer is worth learning."""
+    return is_right(problem, text) and format_reward(problem, text) == 1.0
+
+
+def examples_of(run, problems, loaded):
+    """What is trained on: the problems' own traces, a file's (--traces), or a teacher's answers."""
+    args = run.args
+    if args.teacher != "none":
+        return teacher_traces(run, problems, loaded)
+    if not args.traces:
+        return problems
+    found, rows = given_traces(args.traces, args.dataset, problems, is_good)
+    run.say(f"{args.traces}: {rows} answers, {len(found)} right, well-formed and distinct, to problems of "
+            f"{args.dataset}")
+    return found
 
 
 def traces_of(args, examples):
@@ -235,7 +259,7 @@ def main(args):
         check_vocabulary(args, processor, loaded[1])  # before the teacher samples for hours
         cost = soft
         readers.append(loaded[0])
-    examples = problems if args.teacher == "none" else teacher_traces(run, problems, loaded)
+    examples = examples_of(run, problems, loaded)
     traces = traces_of(args, examples)
     kept = examples[:args.held_out_traces]
     examples = examples[args.held_out_traces:]

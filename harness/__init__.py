@@ -2,10 +2,13 @@
 
     flags        the values of a script's flags, and where they come from
     run          processes, folder, log, checkpoints
+    disk         writing to a disk that may be full
+    memory       whether a model fits, before it is loaded
     sharding     a model split over processes
     rollout      answers and what they answer, as data
     updates      which answers share a forward pass, and what becomes of a loss
     problems     data sets by name or by path, checked row by row
+    traces       answers that were written elsewhere
     answers      reading an answer; when two answers mean the same
     embedding    texts as vectors
     threads      cores that other processes need too

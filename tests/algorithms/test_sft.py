@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import common
+import harness.memory
 import sft
 from harness.problems import WithTraces
 from lab import report
@@ -186,6 +187,61 @@ def test_a_file_that_holds_no_answers_is_one_line(capsys, folder, tmp_path, text
 def test_a_folder_in_the_place_of_the_answers_is_one_line(capsys, folder, tmp_path):
     flags = (*FLAGS, "--teacher", folder, "--traces", tmp_path)
     assert f"{tmp_path} is no file of answers" in refusal(capsys, folder, tmp_path / "out", *flags, script="sft")
+
+
+# --- traces that were written elsewhere -------------------------------------------------------------------------------
+
+
+def test_a_file_of_traces_needs_no_teacher(folder, tmp_path, monkeypatch, taught):
+    """What a teacher's run has kept trains the same run without the teacher; nothing is sampled, no second model."""
+    one = drive(folder, tmp_path / "one", *taught, script="sft")
+    loading = Recorded(sft.load_policy)
+    monkeypatch.setattr(sft, "load_policy", loading)
+    monkeypatch.setattr(sft, "sample", None)  # a call would raise
+    two = drive(folder, tmp_path / "two", *taught, "--teacher", "none", script="sft")
+    assert metrics(two) == metrics(one)
+    assert len(loading.given) == 1
+
+
+def test_what_is_not_graded_yet_is_graded_here(folder, tmp_path, taught):
+    """Rows that say nothing of themselves, in any order: the same traces are left as of the teacher's own file."""
+    one = drive(folder, tmp_path / "one", *taught, script="sft")
+    rows = [dict(id=row["id"], text=row["text"]) for row in rows_of(tmp_path / "traces.jsonl")]
+    write_rows(tmp_path / "bare.jsonl", [dict(id="elsewhere", text="x"), *rows[36:], *rows[:36]])
+    flags = (*taught, "--teacher", "none", "--traces", tmp_path / "bare.jsonl")
+    two = drive(folder, tmp_path / "two", *flags, script="sft")
+    assert metrics(two) == metrics(one)
+
+
+@pytest.mark.parametrize("text, said", [
+    (None, "cannot be read (["),
+    ('{"id": "a", "text": "b"}\nno json\n', "row 2: it is no JSON object"),
+    ('["a"]\n', "row 1: it is no JSON object"),
+    ('{"id": "a", "trace": "b"}\n', "row 1, column text: None is no text"),
+    ('{"id": 7, "text": "b"}\n', "row 1, column id: 7 is no text"),
+    ('{"id": "a", "text": "b"}\n', "none of its ids is one of toy@train:64, whose first is toy-train-0; the file's"),
+    ("", "none of its ids is one of toy@train:64"),
+    ('{"id": "toy-train-0", "text": "abc"}\n', "none of its 1 answers to problems of toy@train:64 is right and"),
+])
+def test_a_file_that_gives_no_traces_is_one_line(capsys, folder, tmp_path, text, said):
+    path = tmp_path / "traces.jsonl"
+    if text is not None:
+        path.write_text(text)
+    line = refusal(capsys, folder, tmp_path / "out", *FLAGS, "--traces", path, script="sft")
+    assert f"--traces {path}" in line
+    assert said in line
+
+
+def test_a_teacher_that_does_not_fit_is_not_loaded(capsys, folder, tmp_path, monkeypatch, taught):
+    """It is one line with its size, what is free and what to do; where its answers are there already, it may be large.
+    """
+    drive(folder, tmp_path / "fits", *taught, script="sft")
+    monkeypatch.setattr(harness.memory, "free_memory", lambda device: 1_000_000)
+    monkeypatch.setattr(sft, "sample", None)
+    drive(folder, tmp_path / "kept", *taught, script="sft")
+    line = refusal(capsys, folder, tmp_path / "out", *taught, "--seed", 2, script="sft")
+    assert f"--teacher {folder} has 0.00 B weights, and stands whole in every process while it samples" in line
+    assert "that takes 3.1 MB each, and 1.0 MB are free on cpu; have it write its answers elsewhere" in line
 
 
 class CountedProblems(Sequence):
