@@ -26,12 +26,12 @@ from pathlib import Path
 
 from harness import problems as data_sets
 from harness import sharding
-from harness.answers import VERIFIERS, box_iou, final_answer, in_pixels, same_math, unbox
+from harness.answers import VERIFIERS, box_iou, final_answer, gold_in_pixels, in_pixels, same_math, unbox
 from harness.attention import NAME as PACKED_ROWS
 from harness.attention import pack_rows
 from harness.cache import ON_A_CPU, answers_that_fit, block_cache, bytes_of_answer
-from harness.disk import written_beside
-from harness.flags import UserError, is_toy
+from harness.disk import write_rows, written_beside
+from harness.flags import INSTRUCTION, UserError, is_toy, of_the_world
 from harness.rollout import Prompts, Rollout, name_of
 from harness.run import Run, bootstrap, generator
 
@@ -45,9 +45,6 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer, DynamicCache
 
-INSTRUCTION = "Reason inside <think></think>, then put the final answer in \\boxed{}."
-MAX_PIXELS = 1_000_000  # the hub's default is 12.8 megapixels, 16,384 tokens a picture
-MIN_PIXELS = 28 * 28  # one visual token: small pictures are not enlarged
 LOGITS = 2**25  # fp32 logits that exist at a time, 0.13 GB: at V = 152k the head meets 220 positions at once
 OPEN_ENDED_BETA = 1.0  # how fast an open-ended reward saturates; the paper gives no number
 # A picture token in an answer breaks the next forward pass: "image features and image tokens do not match".
@@ -58,7 +55,13 @@ VISION_TOKENS = ["<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|imag
 
 
 class Processor(transformers.Qwen2_5_VLProcessor):
-    """Qwen2_5_VLProcessor without its video half, the only part of it that demands torchvision."""
+    """Qwen2_5_VLProcessor without its video half, the only part of it that demands torchvision.
+
+    system_prompt and instruction: what a prompt begins with, and what stands behind its problem.
+    """
+
+    system_prompt = ""
+    instruction = INSTRUCTION
 
     def __init__(self, image_processor=None, tokenizer=None):
         super().__init__(image_processor, tokenizer, chat_template=tokenizer.chat_template)
@@ -167,8 +170,6 @@ def load_policy(
     except (OSError, ValueError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:120]
         raise UserError(f"model {name} is no folder or name of a model that can be loaded: {reason}") from None
-    image_processor.size = dict(  # trap: pixel budget
-        shortest_edge=MIN_PIXELS, longest_edge=args.max_pixels if args else MAX_PIXELS)
     policy.own_dtype = own_dtype  # it will be saved as what it was
     policy.set_vocabulary(tokenizer)
     policy.requires_grad_(train)
@@ -177,7 +178,32 @@ def load_policy(
     policy.train(recompute)  # in eval mode the model silently would not recompute
     if recompute:
         policy.activation_checkpointing_enable()
-    return policy, Processor(image_processor, tokenizer)
+    return policy, make_processor(image_processor, tokenizer, args)
+
+
+def make_processor(
+    image_processor: transformers.BaseImageProcessor, tokenizer: transformers.PreTrainedTokenizerBase,
+    args: Namespace | None,
+) -> Processor:
+    """The processor with the pixel budget and the texts of a prompt that `args` asks for (None: the defaults)."""
+    args = args or of_the_world()
+    image_processor.size = dict(shortest_edge=args.min_pixels, longest_edge=args.max_pixels)  # trap: pixel budget
+    processor = Processor(image_processor, tokenizer)
+    processor.system_prompt = args.system_prompt
+    processor.instruction = args.instruction
+    return processor
+
+
+def load_processor(name: str, run: Run) -> Processor:
+    """The processor of a model without the model, for whoever only looks at prompts."""
+    folder = find_model(name, run)
+    try:
+        image_processor = AutoImageProcessor.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:120]
+        raise UserError(f"model {name} has no processor that can be loaded: {reason}") from None
+    return make_processor(image_processor, tokenizer, run.args)
 
 
 def tabletop():
@@ -251,19 +277,45 @@ def fingerprint(model: str) -> str:
     return model
 
 
-def load_problems(spec: str) -> Sequence[dict]:
+def load_problems(spec: str, run: Run | None = None) -> Sequence[dict]:
     """A sequence of problems: dicts with id, images (PIL), problem, answer, verifier, and trace where there is one.
 
     spec: name@split or name@split:count, where name is toy, a data set on the hub, a .json, .jsonl or .parquet file, or
-    a folder that holds metadata.jsonl or parquet files; "none" gives no problems. Every row is checked here, so that
-    training does not stop at row 30,000. Raises UserError, naming row, column and value.
+    a folder that holds metadata.jsonl or parquet files; several with commas between are mixed, and "none" gives no
+    problems. Every row is checked here, so that training does not stop at row 30,000. Raises UserError, naming row,
+    column and value. With `run`, its --verifiers and --skip_bad_rows leave rows out, which is said.
     """
     if spec == "none":
         return []
+    parts = {}
+    for one in spec.split(","):
+        name = one.partition(":")[0]
+        if name in parts:
+            raise UserError(f"data set {spec} names {name} twice; give it once, with a higher count")
+        parts[name] = load_data_set(one, run)
+    if len(parts) == 1:
+        return parts[name]
+    return data_sets.Mixture(parts)
+
+
+def load_data_set(spec: str, run: Run | None) -> Sequence[dict]:
+    """The problems of one data set; see load_problems."""
+    args = run.args if run else of_the_world()
+    verifiers = data_sets.read_verifiers(args.verifiers)
     asked = data_sets.parse_spec(spec)
     if asked.name == "toy":
-        return tabletop().load(asked.split, asked.count)
-    return data_sets.load(spec)
+        problems = tabletop().load(asked.split, asked.count)
+        if verifiers == set(VERIFIERS):
+            return problems
+        bar = tqdm(problems, desc="verifiers", delay=5, leave=False)
+        return data_sets.Some(problems, [p for p, problem in enumerate(bar) if problem["verifier"] in verifiers])
+    problems, checked = data_sets.load(spec, verifiers, args.skip_bad_rows)
+    if run and checked.unwanted:
+        counts = ", ".join(f"{count} {kind}" for kind, count in checked.unwanted.items())
+        run.say(f"{spec}: --verifiers {args.verifiers} leaves out {counts}")
+    if run:
+        run.skipped += [dict(dataset=spec, row=number, fault=fault) for number, fault in checked.faults]
+    return problems
 
 
 # === encode ===========================================================================================================
@@ -279,7 +331,10 @@ def positions_of(policy: Policy, prompts: Prompts, p: int) -> tuple[torch.Tensor
 
 
 def chat(processor: Processor, problem: dict) -> str:
-    """The prompt as text: a user message with its pictures where `<image>` stands (else first), then INSTRUCTION."""
+    """The prompt as text: a user message with its pictures where `<image>` stands (else first), then the instruction.
+
+    Before it stands the system prompt, where there is one.
+    """
     picture = {"type": "image"}
     content = []
     if "<image>" not in problem["problem"]:
@@ -289,19 +344,34 @@ def chat(processor: Processor, problem: dict) -> str:
             content.append(picture)
         if text:
             content.append({"type": "text", "text": text})
-    content.append({"type": "text", "text": "\n" + INSTRUCTION})
-    message = {"role": "user", "content": content}
-    return processor.tokenizer.apply_chat_template([message], tokenize=False, add_generation_prompt=True)
+    if processor.instruction:
+        content.append({"type": "text", "text": "\n" + processor.instruction})
+    messages = [{"role": "user", "content": content}]
+    if processor.system_prompt:
+        messages = [{"role": "system", "content": processor.system_prompt}, *messages]
+    return processor.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+
+
+def prompt_settings(args: Namespace) -> dict:
+    """The flags that shape a prompt: answers that are kept in a file belong to these values."""
+    return dict(
+        max_pixels=args.max_pixels, min_pixels=args.min_pixels, system_prompt=args.system_prompt,
+        instruction=args.instruction)
 
 
 def encode(processor: Processor, problems: Iterable[dict]) -> Prompts:
-    """Problems (dicts as load_problems gives them) to Prompts. Nothing is truncated; pictures keep the pixel budget."""
+    """Problems (dicts as load_problems gives them) to Prompts. Nothing is truncated; pictures keep the pixel budget.
+
+    Each problem is given a `size`: width and height in pixels of its first picture as the processor resized it.
+    """
+    patch = processor.image_processor.patch_size
     prompts = Prompts.empty()
-    prompts.problems += problems
-    for problem in prompts.problems:
+    for problem in problems:
         out = processor(
             text=[chat(processor, problem)], images=problem["images"], return_tensors="pt",
             return_mm_token_type_ids=True)
+        _, rows, columns = out["image_grid_thw"][0].tolist()
+        prompts.problems.append({**problem, "size": (columns * patch, rows * patch)})
         prompts.ids.append(out["input_ids"][0])
         prompts.types.append(out["mm_token_type_ids"][0])
         prompts.pixels.append(out["pixel_values"])
@@ -309,41 +379,95 @@ def encode(processor: Processor, problems: Iterable[dict]) -> Prompts:
     return prompts
 
 
-def check_prompts(processor: Processor, problems: Iterable[dict], args: Namespace) -> tuple[list[int], int, dict]:
-    """Lengths of all prompts in tokens, how many pictures are scaled down, and how many problems each verifier has.
+@dataclasses.dataclass
+class PromptCheck:
+    """What check_prompts found: lengths in tokens, pictures scaled down and enlarged, problems of each verifier.
 
-    UserError for a prompt over args.max_prompt_length, and for a problem that no script could grade.
+    fitting: the places of the problems whose prompts are short enough. faults: what is wrong with the others.
     """
+
+    lengths: list[int] = dataclasses.field(default_factory=list)
+    scaled: int = 0
+    enlarged: int = 0
+    kinds: collections.Counter = dataclasses.field(default_factory=collections.Counter)
+    fitting: list[int] = dataclasses.field(default_factory=list)
+    faults: list[str] = dataclasses.field(default_factory=list)
+
+
+def check_prompts(
+    processor: Processor, problems: Iterable[dict], args: Namespace, graded: bool = True,
+) -> PromptCheck:
+    """Measures all prompts. UserError for a problem that no script could grade (where answers are `graded`), and for a
+    prompt over args.max_prompt_length, which args.skip_bad_rows leaves out instead."""
     tool = processor.image_processor
-    lengths = []
-    scaled = 0
-    kinds = collections.Counter()
-    for problem in tqdm(problems, desc="prompts", delay=5, leave=False):
+    check = PromptCheck()
+    for place, problem in enumerate(tqdm(problems, desc="prompts", delay=5, leave=False)):
+        if graded:
+            grade(problem, "")  # an open_ended problem, for which no script has a judge, is met before any training
         sizes = [(picture.height, picture.width) for picture in problem["images"]]
         patches = sum(tool.get_number_of_image_patches(height, width, {}) for height, width in sizes)
         picture_tokens = patches // tool.merge_size**2
         words = len(processor.tokenizer(chat(processor, problem)).input_ids)
-        lengths.append(words - len(sizes) + picture_tokens)  # the text holds one token for each picture
-        scaled += sum(height * width > args.max_pixels for height, width in sizes)
-        kinds[problem["verifier"]] += 1
-        grade(problem, "")  # an open_ended problem, for which no script has a judge, is met here and not at step 40
-        if lengths[-1] > args.max_prompt_length:  # trap: prompt truncation
-            raise UserError(f"problem {problem['id']} has a prompt of {lengths[-1]} tokens ({picture_tokens} of "
-                            f"pictures), over --max_prompt_length {args.max_prompt_length}: raise it, or lower "
-                            "--max_pixels")
-    return lengths, scaled, dict(kinds)
+        length = words - len(sizes) + picture_tokens  # the text holds one token for each picture
+        if length > args.max_prompt_length:  # trap: prompt truncation
+            fault = (f"problem {problem['id']} has a prompt of {length} tokens ({picture_tokens} of pictures), over "
+                     f"--max_prompt_length {args.max_prompt_length}")
+            if not args.skip_bad_rows:
+                raise UserError(f"{fault}: raise it, lower --max_pixels, or leave it out with --skip_bad_rows")
+            check.faults.append(fault)
+            continue
+        check.fitting.append(place)
+        check.lengths.append(length)
+        check.scaled += sum(height * width > args.max_pixels for height, width in sizes)
+        check.enlarged += sum(height * width < args.min_pixels for height, width in sizes)
+        check.kinds[problem["verifier"]] += 1
+    return check
 
 
-def check_problems(run: Run, processor: Processor, problems: Sequence[dict], held_out: Sequence[dict]):
-    """Checks every prompt before anything is trained or written, and says what was found."""
+def fitting(
+    run: Run, processor: Processor, problems: Sequence[dict], dataset: str, graded: bool = True,
+) -> tuple[Sequence[dict], PromptCheck]:
+    """The problems whose prompts are short enough, and what was found. Overlong ones are noted as skipped."""
+    check = check_prompts(processor, problems, run.args, graded)
+    run.skipped += [dict(dataset=dataset, fault=fault) for fault in check.faults]
+    if check.faults:
+        problems = data_sets.Some(problems, check.fitting)
+    return problems, check
+
+
+def check_problems(
+    run: Run, processor: Processor, problems: Sequence[dict], held_out: Sequence[dict], graded: bool = True,
+) -> tuple[Sequence[dict], Sequence[dict]]:
+    """Checks every prompt before anything is trained or written, and says what was found.
+
+    Returns both without the overlong ones where --skip_bad_rows leaves them out; what it left out is listed in
+    skipped.jsonl. graded: whether answers to `problems` will be graded.
+    """
     args = run.args
+    problems, check = fitting(run, processor, problems, args.dataset, graded=graded)
+    held_out, other = fitting(run, processor, held_out, args.eval_dataset)
     if args.prompts_per_step > len(problems):
         raise UserError(f"--prompts_per_step {args.prompts_per_step}: {args.dataset} has {len(problems)} problems")
-    everything = (problem for some in (problems, held_out) for problem in some)
-    lengths, scaled, kinds = check_prompts(processor, everything, args)
-    counts = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
+    lengths = check.lengths + other.lengths
+    counts = ", ".join(f"{count} {kind}" for kind, count in (check.kinds + other.kinds).items())
     run.say(f"{len(problems)} problems to train on, {len(held_out)} held out ({counts}); prompts of {min(lengths)} to "
-            f"{max(lengths)} tokens; {scaled} pictures scaled down")
+            f"{max(lengths)} tokens; {check.scaled + other.scaled} pictures scaled down, "
+            f"{check.enlarged + other.enlarged} enlarged")
+    list_skipped(run)
+    return problems, held_out
+
+
+def list_skipped(run: Run, shown: int = 10):
+    """Says how many rows --skip_bad_rows left out, shows the first of them, and writes all into skipped.jsonl."""
+    if not run.skipped:
+        return
+    run.say(f"--skip_bad_rows left out {len(run.skipped)} rows, listed in {run.path('skipped.jsonl')}:")
+    for row in run.skipped[:shown]:
+        number = f", row {row['row']}" if "row" in row else ""
+        run.say(f"  {row['dataset']}{number}: {row['fault']}")
+    if run.is_main:
+        os.makedirs(run.folder, exist_ok=True)
+        write_rows(run.path("skipped.jsonl"), run.skipped)
 
 
 # === sample ===========================================================================================================
@@ -677,7 +801,8 @@ def completion_logits(policy: Policy, rollout: Rollout) -> torch.Tensor:
 
 
 def format_reward(problem: dict, text: str) -> float:
-    r"""1.0 when a text is one non-empty <think>…</think> block, first thing, and then a \boxed{} answer; else 0.0."""
+    r"""1.0 when a text is one non-empty <think>…</think> block, first thing, and then an answer in \boxed{} or <answer>
+    tags; else 0.0."""
     if text.count("<think>") != 1 or text.count("</think>") != 1:
         return 0.0
     block = re.fullmatch(r"\s*<think>(.*\S.*)</think>(.*)", text, re.DOTALL)  # trap: regex
@@ -689,15 +814,15 @@ def grade(problem: dict, text: str, judge: Callable | None = None) -> float:
 
     One verifier for each problem, never a weighted sum (VLAA-Thinker, arXiv 2504.11468); no readable answer earns 0.
     judge(problem, answer) -> float scores a free answer; without one an open_ended problem raises UserError.
-    Pixel boxes belong to the picture as the processor resized it: where that is not images[0].size, give
-    problem["size"] = (width, height), to which boxes with coordinates up to 1 are then scaled.
+    An answer's box in pixels belongs to the picture as the processor resized it, which is what the model saw: its size
+    is problem["size"], as `encode` notes it. A gold box in pixels belongs to images[0] and is scaled to that size.
     """
     verifier = problem["verifier"]
     gold = unbox(problem["answer"])
     answer = final_answer(text)
     if verifier == "open_ended" and judge is None:
-        raise UserError("an open_ended answer can only be graded by a judge; give a reward model, or leave out the "
-                        f"problems with this verifier (first met: {problem.get('id')})")
+        raise UserError("an open_ended answer can only be graded by a judge; --verifiers digit,mcq,math,iou leaves out "
+                        f"the problems with this verifier (first met: {problem.get('id')})")
     if answer is None:
         return 0.0
     if verifier == "open_ended":
@@ -711,7 +836,7 @@ def grade(problem: dict, text: str, judge: Callable | None = None) -> float:
     if gold_value is None or value is None:
         return 0.0
     if verifier == "iou":
-        return box_iou(in_pixels(gold_value, problem), in_pixels(value, problem))
+        return box_iou(gold_in_pixels(gold_value, problem), in_pixels(value, problem))
     return float(gold_value == value)
 
 

@@ -7,9 +7,9 @@ one and lowers the other.
 
 It is the paper's equation (1) too (Chen et al. 2021, arXiv 2107.03374): unbiased for every k ≤ n; k > n is an error.
 Beside it: acc@1, the greedy answer; the number of distinct final answers among the n; the entropy of the full
-vocabulary, the length of an answer and the share of truncated ones; everything for each verifier too. Intervals are
-95% percentile bootstraps over problems (10,000 draws); a contrast with the first model resamples the same problems for
-both.
+vocabulary, the length of an answer, its phrases of hesitation ("wait", "double-check": harness/phrases.py) and the
+share of truncated ones; everything for each verifier too. Intervals are 95% percentile bootstraps over problems (10,000
+draws); a contrast with the first model resamples the same problems for both.
 
 An answer counts as right when its reward is 1; a box when its IoU is at least .5; a judged answer when above 0.
 
@@ -30,15 +30,20 @@ from common import (
     check_prompts,
     find_model,
     fingerprint,
+    fitting,
     format_reward,
     is_right,
+    list_skipped,
     load_policy,
     load_problems,
+    load_processor,
+    prompt_settings,
     report,
     sample,
 )
 from harness.answers import final_answer
 from harness.flags import MODEL_FLAGS, at_least, launch
+from harness.phrases import PHRASES, hesitations
 from harness.run import Run, bootstrap, write_atomically
 
 import numpy as np
@@ -69,6 +74,7 @@ def measures(row, ks):
     numbers["entropy"] = sum(row["entropy"]) / sum(row["tokens"])
     numbers["length"] = np.mean(row["tokens"])
     numbers["truncated"] = np.mean(row["truncated"])
+    numbers["hesitations"] = np.mean([hesitations(text).total() for text in row["texts"]])
     return numbers
 
 
@@ -88,8 +94,8 @@ def contrast(rows, first_rows, ks):
 
 # --- the run ----------------------------------------------------------------------------------------------------------
 
-RECIPE = dict(dataset="hiyouga/geometry3k@test")
-TOY = dict(dataset="toy@test,toy@ood", max_completion_length=64, sample_batch_size=512)
+RECIPE = dict(dataset="hiyouga/geometry3k@test", min_pixels=262_144)
+TOY = dict(dataset="toy@test,toy@ood", max_completion_length=64, sample_batch_size=512, min_pixels=784)
 TABLES = (MODEL_FLAGS,)
 
 
@@ -105,7 +111,7 @@ def answer_all(run, model, name, problems):
     settings = dict(max_completion_length=args.max_completion_length)
     key = dict(
         model=model, weights=fingerprint(find_model(model, run)), dataset=name, n=args.num_samples,
-        temperature=args.temperature, **settings, max_pixels=args.max_pixels, seed=args.seed)
+        temperature=args.temperature, **settings, **prompt_settings(args), seed=args.seed)
 
     def prepare(left):
         policy, processor = load_policy(model, run)
@@ -165,10 +171,17 @@ def result(args, model, name, rows, *, ks):
         ks=ks,
         measures=measured,
         verifiers={kind: summary([row for row in rows if row["verifier"] == kind], ks) for kind in kinds},
+        phrases=phrases(rows),
         pass_at_k=[mean for mean, _, _ in curve],
         low=[low for _, low, _ in curve],
         high=[high for _, _, high in curve],
     )
+
+
+def phrases(rows):
+    """{phrase of hesitation: how often it stands in an answer, on average}."""
+    counts = [hesitations(text) for row in rows for text in row["texts"]]
+    return {phrase: sum(count[phrase] for count in counts) / len(counts) for phrase in PHRASES}
 
 
 def table(results, ks):
@@ -207,12 +220,16 @@ def read_ks(args):
 def main(args):
     ks = read_ks(args)
     run = Run(args)
-    data = {name: load_problems(name) for name in args.dataset.split(",")}
+    data = {name: load_problems(name, run) for name in args.dataset.split(",")}
+    models = args.model.split(",")
+    if args.skip_bad_rows:
+        processor = load_processor(models[0], run)
+        data = {name: fitting(run, processor, problems, name)[0] for name, problems in data.items()}
     for name, problems in data.items():
         if len(problems) == 0:
             raise UserError(f"--dataset {args.dataset}: there is nothing to measure in {name}; leave it out")
     os.makedirs(run.folder, exist_ok=True)
-    models = args.model.split(",")
+    list_skipped(run)
     results = []
     for name, problems in data.items():
         rows = {model: answer_all(run, model, name, problems) for model in models}

@@ -6,7 +6,7 @@ preference data, and vepo.py, mupo.py and the forks each change one part of it.
 Paper: DeepSeekMath, arXiv 2402.03300, section 4. For each problem the policy samples a group of G answers; an answer
 is credited with how much better it is than its group, and every one of its tokens shares that credit:
 
-    A_i  = (R_i − mean R) / (std R + 1e-6)                  R = 0.9·accuracy + 0.1·format, std over n − 1        (1)
+    A_i  = (R_i − mean R) / (std R + 1e-6)            R = (1 − w)·accuracy + w·format, w = 0.1, std over n − 1   (1)
     ρ_bt = π_θ(o_bt | image, question, o_b,<t) / π_old(o_bt | …)                                                 (2)
     ℓ_bt = −min(ρ_bt·A_b, clip(ρ_bt, 1 − ε_low, 1 + ε_high)·A_b)                                                 (3)
     L    = Σ_bt weight_bt·ℓ_bt / Σ_bt weight_bt  +  β·mean_bt k3_bt                                              (4)
@@ -21,12 +21,16 @@ Departures from the paper, as in today's recipes for vision-language models:
     --average answer: only another weight.
  2. β is 0, and then no reference model is loaded. With --beta the reference is the starting model throughout. k3
     averages to KL(π_θ‖π_ref); differentiated as a loss it gives the gradient of KL(π_ref‖π_θ).
- 3. The reference is never renewed, and rewards are rules, not a model. The z-score has 1e-6 in its denominator.
+ 3. The reference is never renewed, and rewards are rules, not a model. The z-score has 1e-6 in its denominator. 0.9
+    and 0.1 are EasyR1's (VLAA-Thinker has no format reward: --format_weight 0).
  4. The vision tower is frozen unless --train_vision.
  5. Groups whose advantages are all zero are not read (with --beta they are): they have no gradient. Their tokens still
     count in (4).
- 6. The paper trains a language model. Batch, updates, learning rate and length are EasyR1's, a vision-language code.
-    Pictures are scaled down to --max_pixels and never enlarged (EasyR1 enlarges small ones to 262,144 pixels).
+ 6. The paper trains a language model. Batch, updates, learning rate, length, number of steps, weight decay, gradient
+    norm and the pixels of a picture are EasyR1's, a vision-language code: large pictures are scaled down to 1,000,000
+    pixels, small ones enlarged to 262,144.
+ 7. Answers that run into the limit keep their reward and their gradient; --mask_truncated is ours. So are G = 8 and the
+    words of the prompt (--instruction).
 
 Shapes: P problems, G answers to each, B = P·G answers, T tokens of the longest; b is a part of B, the answers of one
 forward pass. weight is 0 after an answer's end. All of them are this process's share: what steers the loop must be a
@@ -34,6 +38,8 @@ number of all processes, run.sum or run.mean.
 
     python grpo.py                                                              a laptop, minutes
     accelerate launch grpo.py --model Qwen/Qwen2.5-VL-7B-Instruct               the paper's size, several GPUs
+
+VLAA-Thinker's GRPO (arXiv 2504.11468) is this file with other flags; results/recipes.md has the command.
 
 A healthy run: accuracy rises, entropy falls, frac_reward_zero_std rises as problems are mastered. sampler_gap stays
 tiny (in bf16 about 0.01). With the default of four updates to a rollout the loss stays within a few hundredths of 0,
@@ -55,7 +61,7 @@ from common import (
     token_logps,
     trained_weights,
 )
-from harness.flags import launch, not_negative
+from harness.flags import launch, not_negative, share
 from harness.run import Run, learning_rate
 from harness.sharding import clip_gradients
 from harness.updates import plan_updates
@@ -111,11 +117,13 @@ def adapted_beta(beta, kl, target, answers):
 
 # --- the run ----------------------------------------------------------------------------------------------------------
 
-RECIPE = dict(prompts_per_step=512, updates_per_step=4, learning_rate=1e-6, max_completion_length=2048)
+RECIPE = dict(
+    prompts_per_step=512, updates_per_step=4, learning_rate=1e-6, max_completion_length=2048, min_pixels=262_144,
+)
 TOY = dict(
     dataset="toy@train", eval_dataset="toy@test", prompts_per_step=64, updates_per_step=4, learning_rate=2e-4,
     warmup_steps=5, max_steps=70, max_completion_length=64, micro_batch_size=64, train_vision=True,
-    gradient_checkpointing=False, num_generations=8,
+    gradient_checkpointing=False, num_generations=8, min_pixels=784,
 )
 
 
@@ -128,6 +136,8 @@ def flags(parser):
     parser.add_argument("--kl_target", type=not_negative, default=0.0, help="adapt β towards this KL (0: β stays)")
     parser.add_argument("--mask_truncated", action="store_true",
                         help="leave truncated answers out of the loss (the KL keeps them)")
+    parser.add_argument("--format_weight", type=share, default=0.1,
+                        help="weight of the format in the reward; the accuracy has the rest")
 
 
 def check_flags(args):
@@ -175,12 +185,12 @@ def update(run, policy, optimizer, rollout, *, plan, advantage_BT, weight_BT, ol
 def main(args):
     check_flags(args)
     run = Run(args)
-    problems = load_problems(args.dataset)
-    held_out = load_problems(args.eval_dataset)
+    problems = load_problems(args.dataset, run)
+    held_out = load_problems(args.eval_dataset, run)
     policy, processor = load_policy(args.model, run, train=True)
     reference = load_policy(args.model, run)[0] if args.beta else None
     optimizer = torch.optim.AdamW(trained_weights(policy), lr=args.learning_rate, weight_decay=args.weight_decay)
-    check_problems(run, processor, problems, held_out)
+    problems, held_out = check_problems(run, processor, problems, held_out)
     run.state["beta"] = args.beta
     run.start(policy, optimizer)
     if held_out and run.done == 0:
@@ -199,7 +209,7 @@ def main(args):
         # --- score: how good is each answer? --------------------------------------------------------------------------
         accuracy_PG = rollout.score(grade)
         format_PG = rollout.score(format_reward)
-        rewards_PG = 0.9 * accuracy_PG + 0.1 * format_PG
+        rewards_PG = (1 - args.format_weight) * accuracy_PG + args.format_weight * format_PG
 
         # --- credit: how much of it does each token carry? ------------------------------------------------------------
         advantages_PG = group_advantages(rewards_PG)

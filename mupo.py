@@ -24,11 +24,14 @@ Departures from the paper, and where its released code differs:
  2. The ratio is per token, the paper writes it per sequence.
  3. The released code decays λ exponentially, rewards (0.9 − w)·accuracy + 0.1·format + w·2·R_div and has the partition
     commented out; this follows the paper.
- 4. ε_high = 0.28 and 0.9·accuracy are the released code's; the paper has one ε. The paper gives no batch: 512 problems
-    are grpo.py's, and 150 steps of them are two epochs of ViRL39K.
- 5. The released 7B script is plain GRPO (K = 1, 5 answers); the 3B script has K = 2, 12 answers, a KL and 4,096 tokens.
-    Both train the vision tower, filter groups online and sample with top-p 0.99.
- 6. k-means++ and 32 restarts are ours; so is what counts as reasoning where <think> is missing (harness/embedding.py).
+ 4. ε_high = 0.28, 0.9·accuracy and up to 4,194,304 pixels of a picture are the released code's; the paper has one ε.
+ 5. The paper gives no batch. 384 problems and updates of 128 are both released scripts'; 200 steps of them are the
+    paper's two epochs of ViRL39K. The axes of its figures (350 steps) rather say 200 problems a step. t_max is the
+    number of steps.
+ 6. The released 7B script is plain GRPO (K = 1, 5 answers); the 3B script has K = 2, 12 answers, λ = 0.2, a KL and
+    4,096 tokens. Both train the vision tower (here --train_vision), filter groups online and sample with top-p 0.99.
+ 7. k-means++ and 32 restarts are ours; so is what counts as reasoning where <think> is missing (harness/embedding.py),
+    and that an answer is right from an IoU of .5 on.
 A danger to watch: in a cluster whose answers are all right only R_div varies, and (4) blows it up to unit size; the
 metric only_diversity_clusters is the share of such clusters.
 
@@ -63,7 +66,7 @@ from common import (
 )
 from harness.diagnostics import record_clusters
 from harness.embedding import load_embedder, reasoning
-from harness.flags import at_least, launch, not_negative
+from harness.flags import at_least, launch, not_negative, share
 from harness.run import Run, learning_rate, seed_of
 from harness.sharding import clip_gradients
 from harness.updates import plan_updates
@@ -215,13 +218,14 @@ def cluster_advantages(rewards_G, labels_G, balance):
 # --- the run ----------------------------------------------------------------------------------------------------------
 
 RECIPE = dict(
-    dataset="TIGER-Lab/ViRL39K@train", num_generations=15, epsilon_high=0.28, prompts_per_step=512, updates_per_step=4,
-    learning_rate=1e-6, max_completion_length=2048, max_steps=150,
+    dataset="TIGER-Lab/ViRL39K@train", num_generations=15, epsilon_high=0.28, prompts_per_step=384, updates_per_step=3,
+    learning_rate=1e-6, max_completion_length=2048, max_steps=200, min_pixels=262_144, max_pixels=4_194_304,
+    max_prompt_length=6144,
 )
 TOY = dict(
     dataset="toy@train", eval_dataset="toy@test", prompts_per_step=32, updates_per_step=4, learning_rate=2e-4,
     warmup_steps=5, max_steps=70, max_completion_length=64, micro_batch_size=64, train_vision=True,
-    gradient_checkpointing=False, num_generations=15, embedder="ngrams",
+    gradient_checkpointing=False, num_generations=15, embedder="ngrams", min_pixels=784,
 )
 
 
@@ -234,6 +238,8 @@ def flags(parser):
     parser.add_argument("--kl_target", type=not_negative, default=0.0, help="adapt β towards this KL (0: β stays)")
     parser.add_argument("--mask_truncated", action="store_true",
                         help="leave truncated answers out of the loss (the KL keeps them)")
+    parser.add_argument("--format_weight", type=share, default=0.1,
+                        help="weight of the format in the reward; the accuracy has the rest")
     parser.add_argument("--clusters", type=at_least(1), default=3, help="K, clusters that a group is split into")
     parser.add_argument("--min_cluster", type=at_least(1), default=3, help="G_min, answers that a cluster has at least")
     parser.add_argument("--balance", type=not_negative, default=1.0,
@@ -297,12 +303,12 @@ def main(args):
     check_clusters(args)
     run = Run(args)
     embed = load_embedder(args.embedder, run.device)
-    problems = load_problems(args.dataset)
-    held_out = load_problems(args.eval_dataset)
+    problems = load_problems(args.dataset, run)
+    held_out = load_problems(args.eval_dataset, run)
     policy, processor = load_policy(args.model, run, train=True)
     reference = load_policy(args.model, run)[0] if args.beta else None
     optimizer = torch.optim.AdamW(trained_weights(policy), lr=args.learning_rate, weight_decay=args.weight_decay)
-    check_problems(run, processor, problems, held_out)
+    problems, held_out = check_problems(run, processor, problems, held_out)
     run.state["beta"] = args.beta
     run.start(policy, optimizer)
     if held_out and run.done == 0:
@@ -321,7 +327,7 @@ def main(args):
         # --- score: how good is each answer? --------------------------------------------------------------------------
         accuracy_PG = rollout.score(grade)
         format_PG = rollout.score(format_reward)
-        plain_PG = 0.9 * accuracy_PG + 0.1 * format_PG
+        plain_PG = (1 - args.format_weight) * accuracy_PG + args.format_weight * format_PG
         embeddings_PGD = embed([reasoning(text) for text in rollout.texts]).split(args.num_generations)
         labels_PG = []
         for problem, embeddings_GD in zip(rollout.prompts.problems, embeddings_PGD, strict=True):

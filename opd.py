@@ -30,7 +30,8 @@ Departures:
  1. The gradient of Σ_t KL_t is not that of the sequence KL(π‖π_T), which has one more term,
     E[Σ_t ∇log p_t(o_t)·Σ_{s>t} KL_s], by which a token would answer for the prefixes that it leads to.
  2. The paper fixes neither temperature nor truncation: here T = 1 and the full vocabulary.
- 3. The vision tower is frozen unless --train_vision.
+ 3. The vision tower is frozen unless --train_vision. Teacher, batch, answers to a problem, learning rate, number of
+    steps and the pixels of a picture are ours too: the paper's text was out of reach.
 
 Shapes: P problems, G answers to each, B = P·G answers, T tokens of the longest, N tokens of a chunk, V vocabulary.
 
@@ -114,11 +115,11 @@ ESTIMATORS = {"exact": exact, "sampled": sampled, "forward": forward}
 
 # --- the run ----------------------------------------------------------------------------------------------------------
 
-RECIPE = dict(prompts_per_step=64, learning_rate=1e-6, max_completion_length=2048)
+RECIPE = dict(prompts_per_step=64, learning_rate=1e-6, max_completion_length=2048, min_pixels=262_144)
 TOY = dict(
     dataset="toy@train", eval_dataset="toy@test", teacher="toy-teacher", prompts_per_step=64, num_generations=2,
     learning_rate=1.2e-3, lr_scheduler_type="cosine", warmup_steps=10, max_steps=100, max_completion_length=64,
-    micro_batch_size=64, train_vision=True, gradient_checkpointing=False, eval_steps=20,
+    micro_batch_size=64, train_vision=True, gradient_checkpointing=False, eval_steps=20, min_pixels=784,
 )
 TABLES = (MODEL_FLAGS, TRAIN_FLAGS, GROUP_FLAGS)  # there is one update to a rollout
 
@@ -164,13 +165,13 @@ def distil(run, policy, optimizer, rollout, teacher):
 
 def main(args):
     run = Run(args)
-    problems = load_problems(args.dataset)
-    held_out = load_problems(args.eval_dataset)
+    problems = load_problems(args.dataset, run)
+    held_out = load_problems(args.eval_dataset, run)
     policy, processor = load_policy(args.model, run, train=True)
     teacher, teacher_processor = load_policy(args.teacher, run)
     check_vocabulary(args, processor, teacher_processor)
     optimizer = torch.optim.AdamW(trained_weights(policy), lr=args.learning_rate, weight_decay=args.weight_decay)
-    check_problems(run, processor, problems, held_out)
+    problems, held_out = check_problems(run, processor, problems, held_out)
     run.start(policy, optimizer)
     if held_out and run.done == 0:
         run.log(0, evaluate(run, policy, processor, held_out))

@@ -26,7 +26,9 @@ direction of the KL.
 Departures:
  1. The papers fix the number of epochs; --early_stop ends training once the loss on held-out traces has not fallen that
     many evaluations in a row. The weights are then those of the last step, not of the best.
- 2. The batch of 128 is VLAA-Thinker's; learning rate, schedule and number of steps are ours.
+ 2. The batch of 128 and 190 steps, an epoch of 25,000 traces, are VLAA-Thinker's (its 126,000 take 985); learning rate,
+    cosine, a warm-up of 3% and the pixels of a picture are ours. VLAA-Thinker's own code was never released.
+ 3. The vision tower is frozen unless --train_vision, which is ours too.
 
 Shapes: B traces, T tokens of the longest.
 
@@ -55,6 +57,7 @@ from common import (
     is_right,
     load_policy,
     load_problems,
+    prompt_settings,
     read,
     sample,
     token_entropy,
@@ -100,11 +103,13 @@ def has_stopped_falling(losses, patience):
 # --- the run ----------------------------------------------------------------------------------------------------------
 
 RECIPE = dict(
-    prompts_per_step=128, learning_rate=1e-5, lr_scheduler_type="cosine", warmup_steps=3, max_steps=100,
+    prompts_per_step=128, learning_rate=1e-5, lr_scheduler_type="cosine", warmup_ratio=0.03, max_steps=190,
+    min_pixels=262_144,
 )
 TOY = dict(
     dataset="toy@train", eval_dataset="toy@test", prompts_per_step=64, learning_rate=3e-4, warmup_steps=10,
-    max_steps=100, max_completion_length=64, micro_batch_size=64, train_vision=True, gradient_checkpointing=False,
+    warmup_ratio=0.0, max_steps=100, max_completion_length=64, micro_batch_size=64, train_vision=True,
+    gradient_checkpointing=False, min_pixels=784,
 )
 TABLES = (MODEL_FLAGS, TRAIN_FLAGS)
 
@@ -147,7 +152,7 @@ def teacher_traces(run, problems, loaded=None):
     settings = dict(temperature=args.temperature, max_completion_length=args.max_completion_length)
     key = dict(
         teacher=args.teacher, weights=fingerprint(find_model(args.teacher, run)), dataset=args.dataset,
-        n=args.teacher_samples, **settings, max_pixels=args.max_pixels, seed=args.seed)
+        n=args.teacher_samples, **settings, **prompt_settings(args), seed=args.seed)
     name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:12]
     path = args.traces or f"runs/traces-{name}.jsonl"
     folder = os.path.dirname(path) or "."
@@ -202,15 +207,16 @@ def examples_of(run, problems, loaded):
 
 
 def traces_of(args, examples):
-    """The trace of every example. UserError unless each has one, and more are there than are held out."""
+    """The trace of every example. UserError unless each has one, and a step is left beside those held out."""
     traces = []
     for example in tqdm(examples, desc="traces", delay=5, leave=False):
         if not example.get("trace"):
             raise UserError(f"{args.dataset}: problem {example['id']} has no trace; give a column `trace`, or a "
                             "--teacher")
         traces.append(example["trace"])
-    if len(traces) <= args.held_out_traces:
-        raise UserError(f"{args.dataset}: there are only {len(traces)} traces; give more, or fewer --held_out_traces")
+    if len(traces) < args.held_out_traces + args.prompts_per_step:
+        raise UserError(f"{args.dataset}: there are only {len(traces)} traces; give more, fewer --held_out_traces, or "
+                        "a smaller --prompts_per_step")
     return traces
 
 
@@ -248,8 +254,8 @@ def main(args):
         raise UserError("--soft_targets are a teacher's distributions: name a --teacher too")
     if 0 < args.held_out_traces < run.world:
         raise UserError(f"--held_out_traces {args.held_out_traces}: give 0, or one to each of {run.world} processes")
-    problems = load_problems(args.dataset)
-    held_out = load_problems(args.eval_dataset)
+    problems = load_problems(args.dataset, run)
+    held_out = load_problems(args.eval_dataset, run)
     policy, processor = load_policy(args.model, run, train=True)
     cost = hard
     readers = [policy]
@@ -260,12 +266,12 @@ def main(args):
         cost = soft
         readers.append(loaded[0])
     examples = examples_of(run, problems, loaded)
+    examples, held_out = check_problems(run, processor, examples, held_out, graded=False)
     traces = traces_of(args, examples)
     kept = examples[:args.held_out_traces]
     examples = examples[args.held_out_traces:]
     args.max_steps = number_of_steps(args, processor.tokenizer, traces[args.held_out_traces:])
     optimizer = torch.optim.AdamW(trained_weights(policy), lr=args.learning_rate, weight_decay=args.weight_decay)
-    check_problems(run, processor, examples, held_out)
     run.state["eval_losses"] = []
     run.start(policy, optimizer)
     if held_out and run.done == 0:

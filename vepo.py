@@ -20,15 +20,17 @@ The rest, AdamW and packed rows included, is as in grpo.py.
 Departures from the paper and its released code:
  1. The noise of I' is drawn once for each picture and rollout, on the normalised pixels, and is the same for the whole
     group. The released code adds it again, to the same tensor, for each of the group's 12 answers: by the last, its
-    std is 2·√12, about 6.9. The paper speaks of diffusion step 500.
+    std is 2·√12, about 6.9 (--noise_std 6.93). The paper speaks of diffusion step 500.
  2. No entropy bonus (the released code: 1e-3).
  3. Groups whose advantages are all zero are not read (with --beta they are): they have no gradient. Their kept tokens
     still count in (5).
  4. The KL term, where --beta asks for one, averages over all tokens, kept or not.
  5. RECIPE makes 4 updates to a rollout, as the released script says; a flag of that code doubles the batch of an
-    update when the noised reading is on, so its runs made 2. The paper trains about 160 steps, on Geometry3K and MMK12.
- 6. --counterfactual blank, a picture of zeros, is ours. Pictures are scaled down to --max_pixels and never enlarged;
-    the released runs enlarge small ones to 262,144 pixels.
+    update when the noised reading is on, so its runs made 2 (--updates_per_step 2).
+ 6. The paper trains on about 4,200 problems, Geometry3K and MMK12 mixed, for about 160 steps (20 epochs). It does not
+    say which problems of MMK12: the first 2,100 are ours.
+ 7. --counterfactual blank, a picture of zeros, is ours; so are the other scores of --select that no row of the paper
+    has, and the words of the prompt.
 
 --select runs the paper's baselines and ablations; --select all is grpo.py. See also VPPO (KL of the sampled token, top
 40%, divided by all tokens), PAPO, and the 80/20 rule (entropy alone: --select entropy).
@@ -178,12 +180,13 @@ def look(logits_NV, noised_logits_NV, tokens_N):
 # --- the run ----------------------------------------------------------------------------------------------------------
 
 RECIPE = dict(
-    num_generations=12, prompts_per_step=512, updates_per_step=4, learning_rate=1e-6, max_completion_length=2048,
+    dataset="hiyouga/geometry3k@train,FanqingM/MMK12@train:2100", num_generations=12, prompts_per_step=512,
+    updates_per_step=4, learning_rate=1e-6, max_completion_length=2048, max_steps=160, min_pixels=262_144,
 )
 TOY = dict(
     dataset="toy@train", eval_dataset="toy@test", prompts_per_step=64, updates_per_step=4, learning_rate=2e-4,
     warmup_steps=5, max_steps=70, max_completion_length=64, micro_batch_size=64, train_vision=True,
-    gradient_checkpointing=False, num_generations=8,
+    gradient_checkpointing=False, num_generations=8, min_pixels=784,
 )
 
 
@@ -196,6 +199,8 @@ def flags(parser):
     parser.add_argument("--kl_target", type=not_negative, default=0.0, help="adapt β towards this KL (0: β stays)")
     parser.add_argument("--mask_truncated", action="store_true",
                         help="leave truncated answers out of the loss (the KL keeps them)")
+    parser.add_argument("--format_weight", type=share, default=0.1,
+                        help="weight of the format in the reward; the accuracy has the rest")
     parser.add_argument("--select", choices=SELECTIONS, default="vepo", help="which score picks the tokens")
     parser.add_argument("--keep", type=share, default=0.2, help="k, the share of an answer's tokens that is kept")
     parser.add_argument("--alpha", type=share, default=0.7, help="α, weight of the JSD against the entropy shift")
@@ -251,12 +256,12 @@ def main(args):
     if args.keep == 0:
         raise UserError("--keep is 0: no token would carry any credit")
     run = Run(args)
-    problems = load_problems(args.dataset)
-    held_out = load_problems(args.eval_dataset)
+    problems = load_problems(args.dataset, run)
+    held_out = load_problems(args.eval_dataset, run)
     policy, processor = load_policy(args.model, run, train=True)
     reference = load_policy(args.model, run)[0] if args.beta else None
     optimizer = torch.optim.AdamW(trained_weights(policy), lr=args.learning_rate, weight_decay=args.weight_decay)
-    check_problems(run, processor, problems, held_out)
+    problems, held_out = check_problems(run, processor, problems, held_out)
     run.state["beta"] = args.beta
     run.start(policy, optimizer)
     if held_out and run.done == 0:
@@ -275,7 +280,7 @@ def main(args):
         # --- score: how good is each answer? --------------------------------------------------------------------------
         accuracy_PG = rollout.score(grade)
         format_PG = rollout.score(format_reward)
-        rewards_PG = 0.9 * accuracy_PG + 0.1 * format_PG
+        rewards_PG = (1 - args.format_weight) * accuracy_PG + args.format_weight * format_PG
 
         # --- credit: how much of it does each token carry? ------------------------------------------------------------
         advantages_PG = group_advantages(rewards_PG)

@@ -15,7 +15,7 @@ Its mean over the tokens of the batch is grpo.py's already. The number (6') is o
 
 Changes on purpose: none.
 
-Departures from the paper: 2. to 6. of grpo.py. At most --max_draws rollouts are made for a step; where that is not
+Departures from the paper: 2. to 7. of grpo.py. At most --max_draws rollouts are made for a step; where that is not
 enough, groups that do not teach fill it. Each process fills its own share, so what is kept depends on the number of
 processes. A group teaches where its accuracies differ: for graded answers that is more than 0 < accuracy < 1. The
 reward is grpo.py's, not ±1.
@@ -48,7 +48,7 @@ from common import (
     token_logps,
     trained_weights,
 )
-from harness.flags import at_least, launch, not_negative
+from harness.flags import at_least, launch, not_negative, share
 from harness.rollout import join, select_groups
 from harness.run import Run, learning_rate
 from harness.sharding import clip_gradients
@@ -112,12 +112,12 @@ def overlong_penalty(lengths_B, longest, cache):
 
 RECIPE = dict(
     prompts_per_step=512, updates_per_step=4, learning_rate=1e-6, max_completion_length=2048, epsilon_high=0.28,
-    overlong_cache=512,
+    overlong_cache=512, min_pixels=262_144,
 )
 TOY = dict(
     dataset="toy@train", eval_dataset="toy@test", prompts_per_step=64, updates_per_step=4, learning_rate=2e-4,
     warmup_steps=5, max_steps=70, max_completion_length=64, micro_batch_size=64, train_vision=True,
-    gradient_checkpointing=False, num_generations=8, overlong_cache=16,
+    gradient_checkpointing=False, num_generations=8, overlong_cache=16, min_pixels=784,
 )
 
 
@@ -130,6 +130,8 @@ def flags(parser):
     parser.add_argument("--kl_target", type=not_negative, default=0.0, help="adapt β towards this KL (0: β stays)")
     parser.add_argument("--mask_truncated", action="store_true",
                         help="leave truncated answers out of the loss (the KL keeps them)")
+    parser.add_argument("--format_weight", type=share, default=0.1,
+                        help="weight of the format in the reward; the accuracy has the rest")
     parser.add_argument("--overlong_cache", type=at_least(1), default=512, help="tokens before the limit that cost")
     parser.add_argument("--max_draws", type=at_least(1), default=3, help="rollouts made for a step, at most")
 
@@ -179,12 +181,12 @@ def update(run, policy, optimizer, rollout, *, plan, advantage_BT, weight_BT, ol
 def main(args):
     check_flags(args)
     run = Run(args)
-    problems = load_problems(args.dataset)
-    held_out = load_problems(args.eval_dataset)
+    problems = load_problems(args.dataset, run)
+    held_out = load_problems(args.eval_dataset, run)
     policy, processor = load_policy(args.model, run, train=True)
     reference = load_policy(args.model, run)[0] if args.beta else None
     optimizer = torch.optim.AdamW(trained_weights(policy), lr=args.learning_rate, weight_decay=args.weight_decay)
-    check_problems(run, processor, problems, held_out)
+    problems, held_out = check_problems(run, processor, problems, held_out)
     run.state["beta"] = args.beta
     run.state["drawn"] = 0  # batches of problems used so far: dynamic sampling uses several to a step
     run.start(policy, optimizer)
@@ -219,7 +221,8 @@ def main(args):
         accuracy_PG = rollout.score(grade)
         format_PG = rollout.score(format_reward)
         overlong_B = overlong_penalty(mask_BT.sum(1), args.max_completion_length, args.overlong_cache)
-        rewards_PG = 0.9 * accuracy_PG + 0.1 * format_PG + overlong_B.view_as(accuracy_PG)
+        rewards_PG = (1 - args.format_weight) * accuracy_PG + args.format_weight * format_PG
+        rewards_PG = rewards_PG + overlong_B.view_as(rewards_PG)
 
         # --- credit: how much of it does each token carry? ------------------------------------------------------------
         advantages_PG = group_advantages(rewards_PG)

@@ -25,21 +25,33 @@ from math_verify.errors import TimeoutException
 
 logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns whenever its alarm is off
 
-# --- the box an answer comes in ---------------------------------------------------------------------------------------
+# --- the box or the tags an answer comes in ---------------------------------------------------------------------------
 
-BOX_OPENING = re.compile(r"\\boxed\s*\{")
+OPENING = re.compile(r"\\boxed\s*\{|<answer>")
 BRACE = re.compile(r"\\.|[{}]", re.DOTALL)  # \\. reads \{ and \} as one mark each, so that they are not counted
 
 
 def final_answer(text: str) -> str | None:
-    r"""What is inside the last \boxed{...} of a text, nested braces kept.
+    r"""What is inside the last \boxed{...} or <answer>...</answer> of a text, whichever begins last; braces kept.
 
-    None when there is no box, when the last one is never closed, or when it is empty.
+    <answer>\boxed{5}</answer> gives 5. None when there is neither, when the last one is never closed, or when it is
+    empty. The tags are those of the released VLAA-Thinker checkpoints.
     """
-    openings = list(BOX_OPENING.finditer(text))
+    openings = list(OPENING.finditer(text))
     if not openings:
         return None
-    start = openings[-1].end()  # trap: regex (the last box wins)
+    last = openings[-1]  # trap: regex (the last one wins)
+    if last.group() == "<answer>":
+        answer, closed, _ = text[last.end():].partition("</answer>")
+    else:
+        answer, closed = up_to_brace(text, last.end())
+    if not closed or not answer.strip():
+        return None
+    return answer.strip()
+
+
+def up_to_brace(text: str, start: int) -> tuple[str, str]:
+    """What stands between `start` and the brace that closes there, and that brace; ("", "") when none does."""
     depth = 1
     for mark in BRACE.finditer(text, start):  # trap: regex (braces may be nested, and text may follow the box)
         if mark.group() == "{":
@@ -47,9 +59,8 @@ def final_answer(text: str) -> str | None:
         elif mark.group() == "}":
             depth -= 1
         if depth == 0:
-            answer = text[start:mark.start()].strip()
-            return answer if answer else None
-    return None
+            return text[start:mark.start()], mark.group()
+    return "", ""
 
 
 def unbox(answer: str) -> str:
@@ -81,6 +92,8 @@ CHARACTERS = str.maketrans({
     "∠": r"\angle ",
 })
 
+FUNCTIONS = "sin|cos|tan|sec|csc|cot|arcsin|arccos|arctan|ln|log"
+
 # (what to look for, what to write instead), applied in this order.
 REWRITES = [
     # Markup that says nothing: \( \) \[ \] \! \, $ ~ \left \right \displaystyle \quad
@@ -93,6 +106,9 @@ REWRITES = [
     (re.compile(r"√ ?(\d+|[a-z])|\\?sqrt ?\(([^()]*)\)"), r"\\sqrt{\1\2}"),
     # 12pi is 12\pi
     (re.compile(r"(?<![A-Za-z\\])pi(?![a-z])"), r"\\pi "),
+    # sin(x) is \sin(x), and 5 * sin(2 * x) is 5 \sin(2 x): so VLAA-Thinking's gold answers write functions
+    (re.compile(rf"(?<![A-Za-z\\])({FUNCTIONS})(?= ?\()"), r"\\\1"),
+    (re.compile(rf"(?<=\d) ?\* ?(?=[A-Za-z]|\\(?:{FUNCTIONS})\b)"), " "),
 ]
 
 TEXT = r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mbox|operatorname) ?\{([^{}]*)\}"
@@ -342,13 +358,21 @@ def read_integer(text: str) -> int | None:
     return int(value)
 
 
+# An option with its text: (B) red, B) red, B: red, B. red. Text that names a second option (A: 5 or B: 6) is no choice.
+LABELLED = re.compile(r"(?:\(([A-Za-z])\)|([A-Z])(?:[):：．、]|\.(?= ))) ?(?![,;/&]|(?:or|and)\b)(\S.*)")
+LABEL = re.compile(r"(?:^|[\s,;])\(?[A-Z][):：．]")
+
+
 def read_letter(text: str) -> str | None:
-    r"""An option letter in upper case, or None. B, b, (B), B), B. and \text{B} read; nothing longer does."""
+    r"""An option letter in upper case, or None. B, b, (B), B), B., \text{B} read, and so does B: red, with its text."""
     value, _ = normal_form(text)
-    match = re.fullmatch(r"\(?([A-Za-z])\)?", value)
-    if match is None:
+    alone = re.fullmatch(r"\(?([A-Za-z])\)?", value)
+    if alone is not None:
+        return alone.group(1).upper()
+    labelled = LABELLED.fullmatch(value)
+    if labelled is None or LABEL.search(labelled.group(3)):
         return None
-    return match.group(1).upper()
+    return (labelled.group(1) or labelled.group(2)).upper()
 
 
 def read_box(text: str) -> list[float] | None:
@@ -385,17 +409,35 @@ VERIFIERS: dict[str, tuple[Callable[[str], object], str]] = {
 
 
 def in_pixels(box: list[float], problem: dict) -> list[float]:
-    """A box [x1, y1, x2, y2] in pixels.
+    """A box [x1, y1, x2, y2] in pixels of the picture as the model sees it, resized by the processor.
 
     Coordinates that are all at most 1 are fractions of the picture's width and height. The picture's size is
-    problem["size"] = (width, height) where that is given, otherwise the size of problem["images"][0].
+    problem["size"] = (width, height), which `encode` notes; where it is not given, that of problem["images"][0].
     """
     if max(box) > 1:
         return list(box)
+    return scaled(box, size_of(problem))
+
+
+def gold_in_pixels(box: list[float], problem: dict) -> list[float]:
+    """A gold box in the same pixels. Gold answers in pixels belong to the picture as the data set has it."""
+    if max(box) <= 1 or "size" not in problem or "images" not in problem:
+        return in_pixels(box, problem)
+    width, height = problem["images"][0].size
+    fractions = [box[0] / width, box[1] / height, box[2] / width, box[3] / height]
+    return scaled(fractions, problem["size"])
+
+
+def size_of(problem: dict) -> tuple[float, float]:
+    """Width and height of a problem's first picture as the model sees it."""
     if "size" in problem:
-        width, height = problem["size"]
-    else:
-        width, height = problem["images"][0].size
+        return problem["size"]
+    return problem["images"][0].size
+
+
+def scaled(box: list[float], size: tuple[float, float]) -> list[float]:
+    """A box in fractions of width and height, times width and height."""
+    width, height = size
     return [box[0] * width, box[1] * height, box[2] * width, box[3] * height]
 
 

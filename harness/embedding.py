@@ -55,9 +55,10 @@ class Embedder:
 
 
 def reasoning(text: str) -> str:
-    """The part of an answer that argues: inside <think>, else what stands before the last box, else all of it."""
+    """The part of an answer that argues: inside <think>, else what stands before the answer, else all of it."""
     block = re.search(r"<think>(.*?)</think>", text, re.DOTALL)
     if block and block.group(1).strip():
         return block.group(1).strip()
-    before_box = text.rpartition("\\boxed")[0].strip()
-    return before_box or text.strip()
+    opening = max(text.rfind("\\boxed"), text.rfind("<answer>"))
+    before = text[:max(opening, 0)].strip()
+    return before or text.strip()

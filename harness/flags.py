@@ -26,6 +26,8 @@ class UserError(Exception):
     """An error the user can fix. Its text is one line: what is wrong and what to do. It ends a script with status 2."""
 
 
+INSTRUCTION = "Reason inside <think></think>, then put the final answer in \\boxed{}."
+
 # --- the tables -------------------------------------------------------------------------------------------------------
 
 
@@ -42,7 +44,13 @@ class Flag:
 
 MODEL_FLAGS = (
     Flag("model", "toy", "toy, toy-teacher, a folder, or a name on the hub such as Qwen/Qwen2.5-VL-7B-Instruct"),
+    # The hub's default is 12.8 megapixels, 16,384 tokens a picture.
     Flag("max_pixels", 1_000_000, "larger pictures are scaled down to this many pixels (28x28 pixels are one token)"),
+    Flag("min_pixels", 28 * 28, "smaller pictures are enlarged to this many pixels"),
+    Flag("system_prompt", "", "what the chat begins with (empty: what the model's own template says)"),
+    Flag("instruction", INSTRUCTION, "stands behind every problem (empty: nothing does)"),
+    Flag("verifiers", "all", "keep only problems with these verifiers, with commas between: digit,mcq,math,iou"),
+    Flag("skip_bad_rows", False, "leave out and list rows with faults and overlong prompts; else they are errors"),
     Flag("max_prompt_length", 2048, "a longer prompt is an error: cutting a prompt would cut its pictures"),
     Flag("max_completion_length", 2048, "tokens of an answer, at most"),
     Flag("temperature", 1.0, "divides the logits, when sampling and when reading"),
@@ -53,7 +61,8 @@ MODEL_FLAGS = (
     Flag("report_to", "none", "a tracker that accelerate knows: tensorboard, wandb, trackio, ..."),
 )
 TRAIN_FLAGS = (
-    Flag("dataset", "hiyouga/geometry3k@train", "name@split[:count], or a path to jsonl, json, parquet or a folder"),
+    Flag("dataset", "hiyouga/geometry3k@train",
+         "name@split[:count], or a path to jsonl, json, parquet or a folder; several, with commas between, are mixed"),
     Flag("eval_dataset", "hiyouga/geometry3k@test", "held-out problems, or none"),
     Flag("eval_steps", 0, "measure held-out accuracy every so many steps (0: before and after only)", least=0),
     Flag("num_generations_eval", 4, "answers sampled to each held-out problem"),
@@ -64,6 +73,7 @@ TRAIN_FLAGS = (
     Flag("lr_scheduler_type", "constant", "what follows the warm-up", choices=("constant", "cosine")),
     Flag("min_learning_rate", 0.0, "floor of the cosine"),
     Flag("warmup_steps", 0, "steps of linear warm-up", least=0),
+    Flag("warmup_ratio", 0.0, "the warm-up as a share of all steps, in place of --warmup_steps (0: those)"),
     Flag("weight_decay", 1e-2, "AdamW's decoupled weight decay"),
     Flag("max_grad_norm", 1.0, "gradients are scaled down to this norm"),
     Flag("train_vision", False, "train the vision tower and its merger too"),
@@ -184,9 +194,13 @@ def parse_args(
             sources[name] = source
     if values["output_dir"] is None:
         values["output_dir"] = f"runs/{script}-{Path(model.split(',')[0]).name}-{values['seed']}"
+    if "warmup_steps" in given and "warmup_ratio" not in given:
+        values["warmup_ratio"] = 0.0  # who asks for steps does not want the recipe's share
+        sources["warmup_ratio"] = "command line"
     if values.pop("help"):
         show_help(parser, values, sources)
     check_temperature(parser, values["temperature"], trains=TRAIN_FLAGS in tables)
+    check_values(parser, values, given)
     return argparse.Namespace(**values, script=script)
 
 
@@ -194,6 +208,22 @@ def check_temperature(parser: Parser, temperature: float, trains: bool):
     if temperature > 0 or (temperature == 0 and not trains):
         return
     parser.error(f"--temperature is {temperature}; it must be above 0 (0, greedy, only in eval_passk.py)")
+
+
+def check_values(parser: Parser, values: dict, given: dict):
+    """Ends the script for flags of the world that contradict each other."""
+    if values["min_pixels"] > values["max_pixels"]:
+        parser.error(f"--min_pixels {values['min_pixels']} is above --max_pixels {values['max_pixels']}")
+    if "warmup_steps" in given and given.get("warmup_ratio"):
+        parser.error("--warmup_steps and --warmup_ratio both set the warm-up; give one of them")
+    if not 0 <= values.get("warmup_ratio", 0.0) <= 1:
+        parser.error(f"--warmup_ratio {values['warmup_ratio']} is no share; it must be from 0 to 1")
+
+
+def of_the_world(**changes: object) -> argparse.Namespace:
+    """The defaults of the tables above with some changes: for whoever loads a model without a command line."""
+    defaults = {flag.name: flag.default for table in ALL_TABLES for flag in table}
+    return argparse.Namespace(**{**defaults, **changes})
 
 
 def show_help(parser: argparse.ArgumentParser, values: dict, sources: dict):

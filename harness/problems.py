@@ -1,48 +1,30 @@
-"""Data sets by name or by path, as problems: found by their columns, checked row by row before any training.
+"""Data sets by name or by path, as problems: files and splits, mixtures, and rows that are checked before any training.
 
-A new data set whose columns have other names is a line in COLUMNS. One whose answers need translating is a few lines in
-`read_row`. The tabletop's problems are not read here: `common.load_problems` knows them by name.
+What one row becomes is decided in harness/rows.py. The tabletop's problems are not read here: `common.load_problems`
+knows them by name.
 """
 
-import io
 import logging
 import re
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from harness.answers import VERIFIERS, read_box, read_integer, read_letter, unbox
+from harness.answers import VERIFIERS
 from harness.flags import UserError
+from harness.rows import COLUMNS, OPTIONAL, RowFault, check_row, open_pictures, read_row, shorten
 
 import datasets
-from PIL import Image
 from tqdm import tqdm
 
-# What the parts of a problem are called, the preferred name first: in geometry3k (images, problem, answer), MathVista
-# (decoded_image, query, answer, pid), ViRL39K (image, question, answer, qid), MMK12 (image, question, answer, id),
-# VLAA-Thinking (image, question, gt, verifier_type), imagefolder's metadata.jsonl (file_name), and in one's own data.
-COLUMNS = {
-    "images": ("images", "decoded_image", "image", "images_file_names", "image_file_name", "file_name"),
-    "problem": ("problem", "query", "question"),
-    "answer": ("answer", "solution", "gt"),
-    "verifier": ("verifier", "verifier_type"),
-    "trace": ("trace",),
-    "id": ("id", "pid", "qid"),
-}
-OPTIONAL = ("verifier", "trace", "id")
 SPLITS = ("train", "test", "validation", "val", "dev", "testmini")
 LOADERS = {
     ".json": "json",
     ".jsonl": "json",
     ".parquet": "parquet",
 }
-
-
-class RowFault(ValueError):
-    """A row that cannot be used: its column, its value, and advice (what is wrong and what to do)."""
-
-    def __init__(self, column: str, value: object, advice: str) -> None:
-        super().__init__(f"column {column}, value '{shorten(value)}': {advice}")
 
 
 class DataSpec(NamedTuple):
@@ -75,6 +57,59 @@ class Problems(Sequence):
         return {**text, "images": open_pictures(value, self.column, self.root)}
 
 
+class Mixture(Sequence):
+    """Problems of several data sets, one set behind the other: each weighs by how many problems it gives.
+
+    An id begins with the name of its data set, so that ids stay unique.
+    """
+
+    def __init__(self, parts: dict[str, Sequence], places: list[tuple[str, int]] | None = None) -> None:
+        self.parts = parts
+        if places is None:
+            places = [(name, number) for name, part in parts.items() for number in range(len(part))]
+        self.places = places
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, index: int | slice) -> "dict | Mixture":
+        if isinstance(index, slice):
+            return Mixture(self.parts, self.places[index])
+        name, number = self.places[index]
+        problem = self.parts[name][number]
+        return {**problem, "id": f"{name}/{problem['id']}"}
+
+
+class Some(Sequence):
+    """The problems at some places of a sequence, in that order."""
+
+    def __init__(self, problems: Sequence, places: Sequence[int]) -> None:
+        self.problems = problems
+        self.places = places
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, index: int | slice) -> "dict | Some":
+        if isinstance(index, slice):
+            return Some(self.problems, self.places[index])
+        return self.problems[self.places[index]]
+
+
+@dataclass
+class Checked:
+    """What the rows of a data set came to.
+
+    texts: problems without pictures. places: the rows they come from. faults: (row, what is wrong with it).
+    unwanted: how many rows of each verifier were left out because --verifiers does not name it.
+    """
+
+    texts: list[dict] = field(default_factory=list)
+    places: list[int] = field(default_factory=list)
+    faults: list[tuple[int, str]] = field(default_factory=list)
+    unwanted: Counter = field(default_factory=Counter)
+
+
 # --- a data set -------------------------------------------------------------------------------------------------------
 
 
@@ -97,13 +132,25 @@ def parse_spec(spec: str) -> DataSpec:
     return DataSpec(name, split, count)
 
 
-def load(spec: str) -> Problems:
+def read_verifiers(names: str) -> set[str]:
+    """The verifiers that --verifiers keeps: "all", or some names with commas between. UserError for an unknown one."""
+    if names == "all":
+        return set(VERIFIERS)
+    kept = {name.strip() for name in names.split(",")}
+    unknown = sorted(kept - set(VERIFIERS))
+    if unknown:
+        raise UserError(f"--verifiers {names}: {unknown[0]!r} is none of {', '.join(VERIFIERS)}")
+    return kept
+
+
+def load(spec: str, verifiers: Iterable[str] = VERIFIERS, skip_bad_rows: bool = False) -> tuple[Problems, Checked]:
     """A sequence of problems (dicts with id, images, problem, answer, verifier, and trace where there is one).
 
     spec: name@split or name@split:count, where name is a data set on the hub, a .json, .jsonl or .parquet file, or a
-    folder that holds metadata.jsonl or parquet files; a file may go without a split. count takes the first problems.
-    Every row is checked here, pictures included, so that training does not stop at row 30,000. Raises UserError, naming
-    row, column and value.
+    folder that holds metadata.jsonl or parquet files; a file may go without a split. count takes the first rows.
+    Rows with other verifiers are left out. Every row is checked here, pictures included, so that training does not stop
+    at row 30,000: a fault raises UserError, naming row, column and value, or leaves the row out with skip_bad_rows.
+    Returns what was left out too.
     """
     wanted = parse_spec(spec)
     rows, root = open_rows(wanted.name, wanted.split)
@@ -115,30 +162,50 @@ def load(spec: str) -> Problems:
         rows = rows.select(range(wanted.count))
     features = {key: undecoded(feature) for key, feature in rows.features.items()}
     rows = rows.cast(datasets.Features(features))
+    checked = check_rows(rows, columns, root, spec=spec, verifiers=set(verifiers))
+    if checked.faults and not skip_bad_rows:
+        raise UserError(fault_line(checked.faults, spec))  # trap: broken problems (before any training)
+    if not checked.texts:
+        raise UserError(f"data set {spec}: no row is left; {len(checked.faults)} have faults, "
+                        f"{checked.unwanted.total()} another verifier")
     texts = []
-    for number, text in enumerate(check_rows(rows, columns, root, spec)):
+    for number, text in zip(checked.places, checked.texts, strict=True):
         texts.append({"id": f"{wanted.name}/{number}", **text})  # the data set's own id wins
-    return Problems(texts, rows.select_columns(columns["images"]), columns["images"], root)
+    rows = rows.select(checked.places).select_columns(columns["images"])
+    return Problems(texts, rows, columns["images"], root), checked
 
 
-def check_rows(rows: datasets.Dataset, columns: dict[str, str], root: Path | None, spec: str) -> list[dict]:
-    """What read_row gives for every row. All rows are read; then the first fault is raised as a UserError."""
-    texts = []
-    faulty_rows = []
-    first_fault = ""
+def check_rows(
+    rows: datasets.Dataset, columns: dict[str, str], root: Path | None, *, spec: str, verifiers: set[str],
+) -> Checked:
+    """Reads every row; faults are gathered, not raised."""
+    checked = Checked()
+    row_of = {}
     for number, row in enumerate(tqdm(rows, f"checking {spec}", disable=None)):
         try:
-            texts.append(read_row(row, columns, root))
+            text = read_row(row, columns)
+            if text["verifier"] in set(VERIFIERS) - verifiers:
+                checked.unwanted[text["verifier"]] += 1
+                continue
+            check_row(row, text, columns, root)
+            first = row_of.setdefault(text.get("id", number), number)
+            if first != number:  # the draws of an answer, and files of answers, go by the id
+                raise RowFault(columns["id"], text["id"], f"row {first} has this id too; give each row its own")
         except RowFault as fault:
-            if not faulty_rows:
-                first_fault = str(fault)
-            faulty_rows.append(number)
-    if not faulty_rows:
-        return texts
-    message = f"data set {spec}, row {faulty_rows[0]} (counted from 0), {first_fault}"
-    if len(faulty_rows) > 1:
-        message += f" (rows with faults: {len(faulty_rows)}, {shorten(faulty_rows)})"
-    raise UserError(message)  # trap: broken problems (before any training)
+            checked.faults.append((number, str(fault)))
+            continue
+        checked.texts.append(text)
+        checked.places.append(number)
+    return checked
+
+
+def fault_line(faults: list[tuple[int, str]], spec: str) -> str:
+    """The first fault of a data set, and how many more there are, as one line."""
+    numbers = [number for number, _ in faults]
+    message = f"data set {spec}, row {numbers[0]} (counted from 0), {faults[0][1]}"
+    if len(numbers) > 1:
+        message += f" (rows with faults: {len(numbers)}, {shorten(numbers)}; --skip_bad_rows leaves them out)"
+    return message
 
 
 def open_rows(name: str, split: str | None) -> tuple[datasets.Dataset, Path | None]:
@@ -217,11 +284,15 @@ def check_file(path: Path, split: str | None) -> None:
 
 
 def parquet_files(folder: Path) -> dict[str, list[Path]]:
-    """{split: parquet files}: a file belongs to the split that its name begins with, or else to train."""
+    """{split: parquet files}: a file belongs to the split that its name begins with, or else to train.
+
+    A shard of the hub, image-00000-of-00001.parquet, may name any split; other files those of SPLITS.
+    """
     by_split = {}
     for file in sorted(folder.rglob("*.parquet")):
-        split = first_word(file)
-        if split not in SPLITS:
+        shard = re.match(r"(\w+)-\d{5}-of-\d{5}", file.name)
+        split = shard.group(1) if shard else first_word(file)
+        if shard is None and split not in SPLITS:
             split = "train"
         by_split.setdefault(split, []).append(file)
     return by_split
@@ -255,181 +326,6 @@ def undecoded(feature: object) -> object:
     if isinstance(feature, datasets.List):
         return datasets.List(undecoded(feature.feature), length=feature.length)
     return feature
-
-
-# --- a row ------------------------------------------------------------------------------------------------------------
-
-
-def read_row(row: dict, columns: dict[str, str], root: Path | None) -> dict:
-    """A problem without its pictures: problem, answer, verifier, and id and trace where the row has them.
-
-    Raises RowFault for whatever would stop training, or reward nothing, later.
-    """
-    values = {part: row[column] for part, column in columns.items() if row[column] is not None}
-    text = str(values.get("problem", ""))
-    gold = values.get("answer", "")
-    answer = gold_text(gold)
-    choices = row.get("choices")
-    check_pictures(values.get("images"), text, columns, root)
-    if choices:
-        answer = chosen_letter(answer, choices, columns["answer"])
-        text = with_choices(text, choices)
-    verifier = named_verifier(values)
-    if not verifier:
-        verifier = default_verifier(row, text, answer)
-    try:
-        check_gold(answer, verifier)  # trap: unreadable gold (an error here, never a reward later)
-    except ValueError as error:
-        raise RowFault(columns["answer"], gold, f"it cannot be graded: {error}; correct it, give another verifier, "
-                       "or leave the row out") from error
-    problem = {
-        "problem": text,
-        "answer": answer,
-        "verifier": verifier,
-    }
-    for part in ("id", "trace"):
-        if part in values:
-            problem[part] = str(values[part])
-    return problem
-
-
-def gold_text(gold: object) -> str:
-    r"""A gold answer (text, number or list) as text, without \boxed{}; "" for a dict, which means nothing here."""
-    if isinstance(gold, dict):
-        return ""
-    return unbox(str(gold)).strip()
-
-
-def check_pictures(value: object, text: str, columns: dict[str, str], root: Path | None) -> None:
-    """Raises RowFault for pictures that cannot be opened, and for a text that is empty or names more or fewer."""
-    pictures = open_pictures(value, columns["images"], root)
-    if not text.strip():  # trap: broken problems
-        raise RowFault(columns["problem"], text, "the problem is empty; write one, or leave the row out")
-    if not pictures:  # trap: broken problems (text only)
-        raise RowFault(columns["images"], value, "there is no picture; add one, or leave the row out")
-    places = text.count("<image>")
-    if places not in (0, len(pictures)):
-        raise RowFault(columns["problem"], text, f"<image> appears {places} times for {len(pictures)} pictures; make "
-                       "the numbers equal, or leave <image> out (the pictures then come first)")
-
-
-def chosen_letter(answer: str, choices: list[str], column: str) -> str:
-    """The letter of the gold answer to a question with choices. Raises RowFault when it is not one of them."""
-    if answer in choices:  # MathVista answers with the text of the option
-        return letter(choices.index(answer))
-    if read_letter(answer) is None:
-        raise RowFault(column, answer, f"it is none of the choices {shorten(choices)}; correct it")
-    return answer
-
-
-def with_choices(text: str, choices: list[str]) -> str:
-    """A question followed by its choices, (A), (B), ..., unless it names them already."""
-    if "(B)" in text:
-        return text
-    text += "\nChoices:"
-    for number, choice in enumerate(choices):
-        text += f"\n({letter(number)}) {choice}"
-    return text
-
-
-def letter(number: int) -> str:
-    """The letter of an option: 0 is A."""
-    return chr(ord("A") + number)
-
-
-# --- its verifier -----------------------------------------------------------------------------------------------------
-
-
-def named_verifier(values: dict) -> str:
-    """The verifier that a row names, in the spelling of VERIFIERS ("Open-Ended" is open_ended); "" if it names none."""
-    name = str(values.get("verifier", "")).strip().lower()
-    return re.sub(r"[\s-]+", "_", name)
-
-
-def default_verifier(row: dict, text: str, answer: str) -> str:
-    """The verifier of a row that names none: by MathVista's columns where they say it, else by question and answer."""
-    if row.get("choices"):
-        return "mcq"
-    if row.get("answer_type") == "list":
-        return "math"  # four numbers are not always a box
-    return infer_verifier(text, answer)
-
-
-def infer_verifier(problem: str, answer: str) -> str:
-    """A letter among options: mcq. An integer that counts something: digit. A box: iou. Anything else: math."""
-    if read_letter(answer) is not None and has_option("A", problem) and has_option("B", problem):
-        return "mcq"
-    # Not every integer is a count: where 54 is an angle or a length, 54.0 and "54 cm" are right too, and math knows it.
-    if read_integer(answer) is not None and re.search(r"(?i)\b(how many|count|number of)\b", problem):
-        return "digit"
-    if read_box(answer) is not None:
-        return "iou"
-    return "math"
-
-
-def has_option(option: str, problem: str) -> bool:
-    """Whether a question lists an option of this letter, as in "(A) red", "A. red" or "A: red"."""
-    return re.search(rf"(?:^|[\s(]){option}[).:,．：、）]", problem) is not None
-
-
-def check_gold(answer: str, verifier: str) -> None:
-    """Raises ValueError, saying why, when no answer could ever be compared with this gold answer."""
-    if verifier not in VERIFIERS:
-        raise ValueError(f"the verifier {verifier!r} is none of {', '.join(VERIFIERS)}")
-    read, needs = VERIFIERS[verifier]
-    if read(unbox(answer)) is None:  # trap: unreadable gold
-        raise ValueError(f"the verifier {verifier} needs {needs}")
-
-
-# --- its pictures -----------------------------------------------------------------------------------------------------
-
-
-def open_pictures(value: object, column: str, root: Path | None) -> list[Image.Image]:
-    """A list of PIL pictures in RGB, from what a data set holds: one or several of a path, or {bytes, path}.
-
-    Paths start from root. Raises RowFault for a picture that cannot be opened or used.
-    """
-    if value is None:
-        return []
-    items = value if isinstance(value, list) else [value]
-    pictures = []
-    for item in items:
-        if isinstance(item, dict):
-            data = item.get("bytes")
-            path = item.get("path")
-        else:
-            data = None
-            path = item
-        pictures.append(open_picture(data, path, column, root))
-    return pictures
-
-
-def open_picture(data: bytes | None, path: str | None, column: str, root: Path | None) -> Image.Image:
-    """One picture in RGB, from its bytes where they are given, otherwise from its path. Raises RowFault."""
-    if data is None and root is None:
-        raise RowFault(column, path, "the data set gives only this path, not the picture; download it with its "
-                       "pictures, unpack them, and name the folder or file in place of the data set")
-    try:
-        source = root / path if data is None else io.BytesIO(data)
-        with Image.open(source) as file:
-            picture = file.convert("RGB")
-    except (OSError, SyntaxError, ValueError, TypeError, Image.DecompressionBombError) as error:
-        place = f" under {root}" if root else ""
-        raise RowFault(column, path, f"the picture cannot be opened ({shorten(error)}); restore it{place}, or leave "
-                       "the row out") from error  # trap: broken problems (a corrupt or missing picture)
-    width, height = picture.size
-    if max(width, height) >= 200 * min(width, height):
-        raise RowFault(column, path, f"the picture is {width} × {height}, the processor refuses sides of 200 : 1; "
-                       "crop it, or leave the row out")
-    return picture
-
-
-def shorten(value: object, length: int = 80) -> str:
-    """A value on one line, cut to a length in characters."""
-    line = " ".join(str(value).split())
-    if len(line) <= length:
-        return line
-    return line[:length - 1] + "…"
 
 
 class WithTraces(Sequence):

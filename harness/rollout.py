@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Sequence
 
 from harness.flags import UserError
+from harness.phrases import hesitations
 from harness.run import Run
 
 import torch
@@ -127,6 +128,7 @@ class Rollout:
             entropy=run.mean(self.entropy_BT, self.mask_BT),  # trap: entropy
             completion_length=run.mean(self.mask_BT.sum(1)),
             truncated=1 - run.mean(self.finished_B),
+            hesitations=run.mean(torch.tensor([float(hesitations(text).total()) for text in self.texts])),
             tokens=run.sum(self.mask_BT.sum()),
         )
 

@@ -71,7 +71,7 @@ class Run:
     rank and world: which process this is, of how many. device: where tensors live. is_main: whether this is the first
     process, the one that writes. sharded: whether models are split over processes. done: the last finished step.
     state: numbers of the script's own, set before start; --resume brings back what
-    they were.
+    they were. skipped: rows that --skip_bad_rows left out, as they are listed in skipped.jsonl.
     """
 
     def __init__(self, args: Namespace):
@@ -84,6 +84,7 @@ class Run:
         self.saved = None  # the step of the newest checkpoint of this process's own
         self.handlers = {}  # what a signal did before
         self.asked_at = None  # when a signal asked the run to end
+        self.skipped = []
         refuse_plugins()
         check_writable(self.folder, "--output_dir")
         if os.path.exists(self.path("metrics.jsonl")) and not args.resume:
@@ -567,10 +568,13 @@ def bootstrap(values_P: Sequence[float], draws: int = 10_000, seed: int = 0) -> 
 
 def learning_rate(step: int, args: Namespace) -> float:
     """The learning rate of `step` (from 1): linear warm-up, then constant, or a cosine down to the floor."""
-    if step <= args.warmup_steps:
-        return args.learning_rate * step / args.warmup_steps
+    warmup_steps = args.warmup_steps
+    if args.warmup_ratio:
+        warmup_steps = math.ceil(args.warmup_ratio * args.max_steps)
+    if step <= warmup_steps:
+        return args.learning_rate * step / warmup_steps
     if args.lr_scheduler_type == "constant":
         return args.learning_rate
-    progress = (step - args.warmup_steps) / max(1, args.max_steps - args.warmup_steps)
+    progress = (step - warmup_steps) / max(1, args.max_steps - warmup_steps)
     share = (1 + math.cos(math.pi * progress)) / 2
     return args.min_learning_rate + (args.learning_rate - args.min_learning_rate) * share

@@ -312,7 +312,7 @@ def tabletop_wishes(args, updates):
     """The flags of a step on the tabletop: every step asks all of the problems, and all weights are trained."""
     return dict(
         dataset=f"toy@train:{args.problems}", updates_per_step=updates, micro_batch_size=MICRO,
-        sample_batch_size=TOGETHER, train_vision=True, gradient_checkpointing=False)
+        sample_batch_size=TOGETHER, train_vision=True, gradient_checkpointing=False, min_pixels=784)
 
 
 def step_seconds(args, script, updates=1):
@@ -598,10 +598,10 @@ def bench_shape(args):
     def load_random(folder, dtype):
         return random_policy(AutoConfig.from_pretrained(folder), folder)
 
-    def load_noise(spec):
+    def load_noise(spec, run):
         return [] if spec == "none" else problems
 
-    wishes = dict(updates_per_step=1, max_pixels=args.pixels, max_prompt_length=20_000)
+    wishes = dict(updates_per_step=1, max_pixels=args.pixels, min_pixels=784, max_prompt_length=20_000)
     with (
         tempfile.TemporaryDirectory() as folder,
         mock.patch.object(Policy, "set_vocabulary", set_whole_vocabulary),

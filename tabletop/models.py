@@ -6,7 +6,6 @@
 Both are ordinary Qwen2.5-VL checkpoints in the hub's layout, trained on first use and kept in the user's cache.
 """
 
-import argparse
 import contextlib
 import hashlib
 import json
@@ -14,8 +13,8 @@ import os
 import tempfile
 from pathlib import Path
 
-from common import INSTRUCTION, MAX_PIXELS, forced, load_policy, read, save_policy, token_logps
-from harness.flags import UserError
+from common import INSTRUCTION, forced, load_policy, read, save_policy, token_logps
+from harness.flags import UserError, of_the_world
 from tabletop.grids import PAPER, STYLES, question
 from tabletop.pictures import draw
 from tabletop.problems import problem_of, spec_of
@@ -273,7 +272,7 @@ def _generation_config(tokenizer):
 def _train(name, recipe, seed, folder):
     """Trains a model from scratch on the pretraining problems, each in all its styles. Returns the finished folder."""
     untrained(folder / "untrained", recipe, seed)
-    settings = argparse.Namespace(max_pixels=MAX_PIXELS, train_vision=True, gradient_checkpointing=False)
+    settings = of_the_world(train_vision=True, gradient_checkpointing=False)
     policy, processor = load_policy(str(folder / "untrained"), train=True, args=settings)
     muon, adam = _optimizers(policy)
     count = recipe["problems_per_step"]

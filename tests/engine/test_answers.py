@@ -9,7 +9,7 @@ import time
 from common import grade
 from harness import answers
 from harness.answers import box_iou, final_answer, read_math
-from harness.problems import check_gold
+from harness.rows import check_gold
 
 import pytest
 from PIL import Image
@@ -24,7 +24,7 @@ def score(gold, answer, verifier="math", **extra):
 
 
 def test_trap_regex():
-    """The last box wins; braces may be nested, and text and line breaks may stand anywhere."""
+    """The last box or pair of tags wins; braces may be nested, and text and line breaks may stand anywhere."""
     found = {
         "\\boxed{1} no, \\boxed{2}": "2",
         "a\n\\boxed{\n\\frac{1}{\\sqrt{2}}\n}\nand text after": "\\frac{1}{\\sqrt{2}}",
@@ -32,6 +32,13 @@ def test_trap_regex():
         r"\boxed{\left\{x\right.}": r"\left\{x\right.",
         r"\boxed {5}": "5",
         r"\boxed{x = \boxed{5}}": "5",
+        "<think>so</think>\n<answer>\n B \n</answer>": "B",
+        "<answer>1</answer> no, <answer>2</answer>": "2",
+        r"<answer>1</answer> no, \boxed{2}": "2",
+        r"\boxed{1} no, <answer>2</answer>": "2",
+        r"<answer>It is \boxed{5}.</answer>": "5",
+        r"\boxed{<answer>5</answer>}": "5",
+        r"<answer>\frac{1}{2}</answer> and {text": r"\frac{1}{2}",
     }
     for text, answer in found.items():
         assert final_answer(text) == answer, text
@@ -39,12 +46,14 @@ def test_trap_regex():
 
 NO_BOX = [
     "", "5", "\\boxed{", "\\boxed{}", "\\boxed{ \n}", "\\boxed{1} and \\boxed{2", "\\boxed{{2}", "\\fbox{2}",
+    "<answer>2", "<answer></answer>", "<answer> \n</answer>", "\\boxed{2} <answer>2", "<answer>2</answer> \\boxed{2",
+    "2</answer>", "<Answer>2</Answer>", "< answer >2</ answer >",
 ]
 
 
 @pytest.mark.parametrize("text", NO_BOX)
 def test_a_text_without_a_whole_box_has_no_answer(text):
-    """Nor does an earlier box count when the last one is broken."""
+    """Nor does an earlier one count when the last one is broken."""
     assert final_answer(text) is None
     assert grade({"answer": "2", "verifier": "digit"}, text) == 0
 
@@ -62,7 +71,10 @@ def test_digit():
 def test_mcq():
     for answer in ("B", "b", "(B)", "B.", "B)", " B ", "\\text{B}", "\\text{(B)}", "\\mathbf{B}"):
         assert score("B", answer, "mcq") == 1, answer
-    for answer in ("A", "BB", "A or B", "B, C", "B 12", "not B", "(B) 5 cm", "8", "|B|"):
+    for answer in ("B: 27°", "B. red", "(B) 5 cm", "(b) red", "B) red", "\\text{B: red}"):  # the option with its text
+        assert score("B", answer, "mcq") == 1, answer
+    for answer in ("A", "BB", "A or B", "B, C", "B 12", "not B", "8", "|B|", "b. red", "B.C", "C: B", "(B) or (C)",
+                   "B: 5 or C: 6", "B), C)", "B. and C."):
         assert score("B", answer, "mcq") == 0, answer
 
 
@@ -81,7 +93,18 @@ def test_boxes_as_fractions_of_the_picture():
     fractions = "[0.5, 0.5, 1, 1]"
     assert score(pixels, fractions, "iou", images=picture) == 1
     assert score(fractions, pixels, "iou", images=picture) == 1
-    assert score("[50, 25, 100, 50]", fractions, "iou", images=picture, size=(100, 50)) == 1
+    assert score(fractions, "[50, 25, 100, 50]", "iou", images=picture, size=(100, 50)) == 1
+
+
+def test_a_gold_box_belongs_to_the_data_sets_picture_and_an_answer_to_the_resized_one():
+    """The data set's picture is 200 x 100, the model saw 112 x 56 of it: a box in the middle third, in both."""
+    picture = [Image.new("RGB", (200, 100))]
+    seen = dict(images=picture, size=(112, 56))
+    gold = "[50, 25, 150, 75]"
+    assert score(gold, "[28, 14, 84, 42]", "iou", **seen) == pytest.approx(1)
+    assert score(gold, "[0.25, 0.25, 0.75, 0.75]", "iou", **seen) == pytest.approx(1)
+    assert score(gold, gold, "iou", **seen) < 0.3
+    assert score("[0.25, 0.25, 0.75, 0.75]", "[28, 14, 84, 42]", "iou", **seen) == pytest.approx(1)
 
 
 NO_COORDINATES = [
@@ -214,7 +237,7 @@ UNREADABLE = {
         "7" * 200, "1/0", "2+", "\\foo{",
     ],
     "digit": ["", "7.0", "seven", "7 cm"],
-    "mcq": ["", "AB", "5", "(A) 5"],
+    "mcq": ["", "AB", "5", "A or B"],
     "iou": ["", "[1, 2, 3]", "[3, 2, 1, 4]", "[1, 1, 1, 2]", "a box"],
     "open_ended": ["", " "],
     "other": ["1"],

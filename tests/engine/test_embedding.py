@@ -10,12 +10,13 @@ import torch
 @pytest.mark.parametrize("text, part", [
     ("<think> a\nb </think>\\boxed{1}", "a\nb"),
     ("because \\boxed{1} so \\boxed{2}", "because \\boxed{1} so"),
+    ("because so <answer>2</answer>", "because so"),
     ("only words", "only words"),
     ("<think> </think>but \\boxed{1}", "<think> </think>but"),
     ("\\boxed{1}", "\\boxed{1}"),
 ])
 def test_reasoning(text, part):
-    """Inside <think>, else what stands before the last box, else all of it: never nothing."""
+    """Inside <think>, else what stands before the answer, else all of it: never nothing."""
     assert reasoning(text) == part
 
 

@@ -4,7 +4,7 @@ import importlib
 import json
 import re
 
-from harness.flags import ALL_TABLES, UserError, at_least, is_toy, launch, parse_args
+from harness.flags import ALL_TABLES, UserError, at_least, is_toy, launch, of_the_world, parse_args
 
 import pytest
 from conftest import ROOT
@@ -97,6 +97,32 @@ def test_whole_numbers_have_a_least():
 
 def test_greedy_is_for_measuring_only():
     assert values_of("eval_passk", "--temperature", 0)["temperature"] == 0
+
+
+def test_a_warm_up_in_steps_takes_the_place_of_a_recipes_share():
+    real = ("--model", "some/model")
+    assert values_of("sft", *real)["warmup_ratio"] == 0.03
+    asked = values_of("sft", *real, "--warmup_steps", 5)
+    assert (asked["warmup_steps"], asked["warmup_ratio"]) == (5, 0.0)
+    asked = values_of("sft", "--warmup_ratio", 0.5)
+    assert asked["warmup_ratio"] == 0.5
+
+
+@pytest.mark.parametrize("flags, says", [
+    (("--warmup_steps", 5, "--warmup_ratio", 0.1), "give one of them"),
+    (("--warmup_ratio", 1.5), "must be from 0 to 1"),
+    (("--min_pixels", 2_000_000), "above --max_pixels 1000000"),
+])
+def test_flags_of_the_world_that_contradict_each_other(capsys, flags, says):
+    with pytest.raises(SystemExit) as caught:
+        values_of("sft", *flags)
+    assert caught.value.code == 2
+    assert says in capsys.readouterr().err
+
+
+def test_the_defaults_of_the_world():
+    world = of_the_world(seed=9)
+    assert (world.seed, world.max_pixels, world.min_pixels, world.prompts_per_step) == (9, 1_000_000, 784, 512)
 
 
 # --- what --help says -------------------------------------------------------------------------------------------------

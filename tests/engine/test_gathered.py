@@ -3,6 +3,7 @@
 import argparse
 
 import common
+from harness.flags import of_the_world
 from harness.sharding import gathered
 
 import pytest
@@ -19,7 +20,7 @@ class Interrupted(Exception):
 def sharded(folder):
     """A model in shards, of a process group that holds this process alone."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    args = argparse.Namespace(max_pixels=common.MAX_PIXELS, train_vision=True, gradient_checkpointing=False)
+    args = of_the_world(train_vision=True, gradient_checkpointing=False)
     run = argparse.Namespace(args=args, sharded=True, device=torch.device("cpu"))
     try:
         yield common.load_policy(folder, run, train=True)[0]

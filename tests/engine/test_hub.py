@@ -1,11 +1,11 @@
 """The real loading code on small files of the hub's layout: a checkpoint folder, a parquet of Geometry3K's schema."""
 
-import argparse
 import io
 import json
 import shutil
 
 import common
+from harness.flags import of_the_world
 
 import datasets
 import pytest
@@ -70,7 +70,7 @@ def trained(request, folder, geometry3k, tmp_path_factory):
     go(
         "grpo", "--model", model, "--dataset", f"{geometry3k}@train", "--eval_dataset", f"{geometry3k}@test",
         "--max_steps", 2, "--prompts_per_step", 4, "--updates_per_step", 2, "--num_generations", 4,
-        "--max_completion_length", 16, "--learning_rate", 1e-3, "--output_dir", place / "run")
+        "--max_completion_length", 16, "--learning_rate", 1e-3, "--min_pixels", 784, "--output_dir", place / "run")
     return model, place / "run"
 
 
@@ -143,7 +143,7 @@ def half_precision(folder, tmp_path):
 
 def test_trap_bf16_adam(half_precision):
     """A checkpoint in bf16 is trained in fp32: a step of 1e-6 moves weights that bf16 would round back."""
-    args = argparse.Namespace(max_pixels=10**6, train_vision=False, gradient_checkpointing=False)
+    args = of_the_world(gradient_checkpointing=False)
     policy, _ = common.load_policy(half_precision, train=True, args=args)
     assert all(weight.dtype == torch.float32 for weight in policy.parameters())
     weight = policy.model.language_model.layers[0].mlp.up_proj.weight

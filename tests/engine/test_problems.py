@@ -1,9 +1,11 @@
 """common.load_problems: every published schema as a small file, and every way in which a data set can be broken."""
 
+import argparse
 import json
 
 import tabletop.problems
-from common import UserError, load_problems
+from common import UserError, grade, load_problems
+from harness.flags import of_the_world
 from harness.problems import WithTraces
 
 import datasets
@@ -238,29 +240,330 @@ def test_mmk12(tmp_path):
     assert load_problems(f"{tmp_path}@test")[0]["id"] == "m1"
 
 
-def test_vlaa_thinking(tmp_path):
-    kinds = {
-        "digit": "3",
-        "MCQ": "C",
-        "math": "\\frac{1}{2}",
-        "IoU": "[1, 2, 3, 4]",
-        "open-ended": "a red car",
+def write_vlaa(folder, rows, name="VLAA-Thinking-GRPO-25K.json"):
+    """The layout of VLAA-Thinking: one json, and beside it images/ with a folder for each source."""
+    for source in ("clevr_math", "synthesis"):
+        (folder / "images" / source).mkdir(parents=True, exist_ok=True)
+        picture(40, 30).save(folder / "images" / source / "0.png")
+    (folder / name).write_text(json.dumps(rows))
+    return str(folder / name)
+
+
+def vlaa_row(verifier, gold, **changes):
+    return {
+        "id": f"{verifier}-{gold}"[:30], "image": "/clevr_math/0.png", "question": "Q", "gt": gold, "caption": "c",
+        "ds_answer": f"<think>so</think>\n<answer>{gold}</answer>", "verifier_type": verifier, **changes,
     }
-    rows = []
-    for kind, gold in kinds.items():
-        rows.append({
-            "image": "0.png",
-            "question": "<image>Q",
-            "gt": gold,
-            "verifier_type": kind,
-            "ds_answer": "",
-            "caption": "c",
-        })
-    spec = write_jsonl(tmp_path, [], "grpo.json")
-    (tmp_path / "grpo.json").write_text(json.dumps(rows))
-    problems = load_problems(spec)
+
+
+SOLUTION = "Step 1: We have 5 = a * -1.\nStep 2: So a = -5.\n\n†Answer: y = -5 * sin(-5 * x)."
+
+
+def test_vlaa_thinking(tmp_path):
+    """Paths that begin with a slash, gold answers behind †Answer, traces that end in tags, a count as a number."""
+    rows = [
+        vlaa_row("digit", "3"),
+        vlaa_row("mcq", "A)", image="clevr_math/0.png", question="Which?\nA) red\nB) blue"),
+        vlaa_row("math", SOLUTION, image="/images/synthesis/0.png"),
+        vlaa_row("iou", "[0.1, 0.2, 0.7, 0.5]"),
+        vlaa_row("open_ended", "The image shows a beach."),
+    ]
+    problems = load_problems(write_vlaa(tmp_path, rows))
     assert column("verifier", problems) == ["digit", "mcq", "math", "iou", "open_ended"]
-    assert column("answer", problems) == list(kinds.values())
+    assert column("answer", problems)[:4] == ["3", "A)", "y = -5 * sin(-5 * x).", "[0.1, 0.2, 0.7, 0.5]"]
+    assert {image.size for problem in problems for image in problem["images"]} == {(40, 30)}
+    assert problems[0]["trace"] == "<think>so</think>\n<answer>3</answer>"
+    for problem in problems[:4]:
+        assert grade(problem, problem["trace"].replace(SOLUTION, "$y = -5\\sin(-5x)$")) == 1, problem["id"]
+    message = fault(write_vlaa(tmp_path, [vlaa_row("digit", "3", image="/clevr_math/none.png")]))
+    assert f"restore it under {tmp_path}" in message
+
+
+def test_vlaa_counts_may_be_numbers(tmp_path):
+    """Beside texts in the same column."""
+    problems = load_problems(write_vlaa(tmp_path, [vlaa_row("digit", 3), vlaa_row("math", "x"), vlaa_row("digit", 12)]))
+    assert column("answer", problems) == ["3", "x", "12"]
+
+
+def test_mathverse(tmp_path):
+    """The question of a Vision Only row stands in its picture; a choice is one though the text lists no options."""
+    spec = write_parquet(tmp_path / "testmini.parquet", {
+        "sample_index": ["1", "2", "3"],
+        "problem_index": ["1", "1", "2"],
+        "problem_version": ["Text Dominant", "Vision Only", "Vision Only"],
+        "question": ["Find angle A.\nChoices:\nA:36°\nB:54°", "", ""],
+        "question_for_eval": ["Find angle A.\nChoices:\nA:36°\nB:54°"] * 2 + ["How long is BC?"],
+        "image": [picture()] * 3,
+        "answer": ["B", "B", "5.4cm"],
+        "question_type": ["multi-choice", "multi-choice", "free-form"],
+        "metadata": [{"split": "testmini", "source": "GeoQA"}] * 3,
+        "query_wo": ["Please directly answer."] * 3,
+        "query_cot": ["Please first reason."] * 3,
+    }, image=datasets.Image())
+    problems = load_problems(f"{spec}@testmini")
+    assert column("verifier", problems) == ["mcq", "mcq", "math"]
+    assert problems[0]["problem"].startswith("Find angle A.")
+    assert problems[1]["problem"] == "Answer the question that the picture asks."
+    assert column("answer", problems) == ["B", "B", "5.4cm"]
+
+
+def test_mathvision(tmp_path):
+    """Options in a column of their own reach the prompt; <image1> is the picture's place."""
+    spec = write_parquet(tmp_path / "data/test-00000-of-00001-3532b8d3f1b4047a.parquet", {
+        "id": ["1", "2", "3"],
+        "question": ["Which figure? <image1>", "How many cups are there? <image1>", "How long?\n<image1>"],
+        "options": [["A", "B", "C", "D", "E"], [], ["3", "\\sqrt{2}"]],
+        "image": ["images/1.jpg", "images/2.jpg", "images/3.jpg"],
+        "decoded_image": [picture()] * 3,
+        "answer": ["C", "7", "B"],
+        "solution": [None, "We count.", None],
+        "level": [1, 2, 3],
+        "subject": ["logic", "counting", "algebra"],
+    }, decoded_image=datasets.Image())
+    problems = load_problems(f"{tmp_path}@test")
+    assert len(load_problems(spec)) == 3
+    assert column("problem", problems) == [
+        "Which figure? <image>\nChoices: (A), (B), (C), (D), (E)",
+        "How many cups are there? <image>",
+        "How long?\n<image>\nChoices:\n(A) 3\n(B) \\sqrt{2}",
+    ]
+    assert column("verifier", problems) == ["mcq", "digit", "mcq"]
+    assert column("answer", problems) == ["C", "7", "B"]
+
+
+def test_wemath(tmp_path):
+    """Options as one text; pictures in a column called image_path. One ID stands in several rows."""
+    spec = write_parquet(tmp_path / "testmini-00000-of-00001.parquet", {
+        "ID": ["3steps_165", "3steps_165"],
+        "split": ["testmini"] * 2,
+        "knowledge concept": ["Area of Circles"] * 2,
+        "question": ["What is the area of the flower bed (  ) m²?", "What is its radius?"],
+        "option": ["A. 200.96;B. 3215.36;C. 6280;D. 32; E. No correct answer", "A. 1 cm; B. 2 cm"],
+        "answer": ["B", "A"],
+        "image_path": [picture()] * 2,
+        "key": ["3steps_3", "3steps_1"],
+        "question number": [1575, 1573],
+        "knowledge concept description": ["Area of ..."] * 2,
+    }, image_path=datasets.Image())
+    first, second = load_problems(f"{spec}@testmini")
+    assert first["problem"].endswith("\nChoices:\n(A) 200.96\n(B) 3215.36\n(C) 6280\n(D) 32\n(E) No correct answer")
+    assert first["answer"] == "B"
+    assert first["verifier"] == "mcq"
+    assert second["problem"] == "What is its radius?\nChoices:\n(A) 1 cm\n(B) 2 cm"
+
+
+def test_logicvista(tmp_path):
+    """Options stand in the picture, the question names their letters; some golds are several letters."""
+    spec = write_parquet(tmp_path / "test-00000-of-00001.parquet", {
+        "id": ["v1", "v2"],
+        "question": ["Which box comes next in the sequence? Select from A-E.", "Which fit? Select from A, B, C and D."],
+        "answer": ["C", "A, C"],
+        "reasoning": ["It rotates."] * 2,
+        "skill": [["inductive"]] * 2,
+        "imagesource": ["s"] * 2,
+        "image": [picture()] * 2,
+    }, image=datasets.Image())
+    problems = load_problems(spec)
+    assert column("verifier", problems) == ["mcq", "math"]
+    assert grade(problems[1], "\\boxed{A,C}") == 1
+    assert grade(problems[1], "\\boxed{A}") == 0
+
+
+def test_dynamath(tmp_path):
+    """A split for each variant, gold answers in a column called ground_truth."""
+    for variant in (1, 2):
+        write_parquet(tmp_path / f"data/sample_variant{variant}-00000-of-00001.parquet", {
+            "id": ["1", "2"],
+            "question": ["What is the period of this function?", "Is it even? Choices: (A) Yes (B) No"],
+            "image": ["images/1.png", "images/2.png"],
+            "decoded_image": [picture()] * 2,
+            "ground_truth": [f"{variant}.0944", "B"],
+            "answer_type": ["float", "multiple choice"],
+            "subject": ["analytic geometry"] * 2,
+            "knowledge_level": ["undergraduate"] * 2,
+        }, decoded_image=datasets.Image())
+    problems = load_problems(f"{tmp_path}@sample_variant2")
+    assert column("answer", problems) == ["2.0944", "B"]
+    assert column("verifier", problems) == ["math", "mcq"]
+
+
+def hallusionbench(path, split, images):
+    return write_parquet(path / f"data/{split}-00000-of-00001.parquet", {
+        "category": ["VD"] * 2,
+        "subcategory": ["illusion"] * 2,
+        "visual_input": ["1"] * 2,
+        "set_id": ["0"] * 2,
+        "figure_id": ["1"] * 2,
+        "question_id": ["0", "1"],
+        "question": ["Are the circles of the same size?", "Is the left one larger?"],
+        "gt_answer_details": ["They are.", "It is not."],
+        "gt_answer": ["1", "0"],
+        "filename": ["./hallusion_bench/VD/illusion/0_1.png"] * 2,
+        "image": images,
+    }, image=datasets.Image())
+
+
+def test_hallusionbench(tmp_path):
+    """1 and 0 are Yes and No; its split is called image, and the other one has no pictures."""
+    hallusionbench(tmp_path, "image", [picture()] * 2)
+    hallusionbench(tmp_path, "non_image", [None] * 2)
+    problems = load_problems(f"{tmp_path}@image")
+    assert column("answer", problems) == ["Yes", "No"]
+    assert grade(problems[0], "<answer>yes</answer>") == 1
+    assert grade(problems[1], "<answer>yes</answer>") == 0
+    assert "there is no picture" in fault(f"{tmp_path}@non_image")
+
+
+def test_mmstar(tmp_path):
+    """Options inside the question, behind colons; the split is called val."""
+    spec = write_parquet(tmp_path / "mmstar.parquet", {
+        "index": [0],
+        "question": ["Which option fits?\nOptions: A: A toy train, B: A boat, C: A car, D: A plane"],
+        "image": [picture()],
+        "answer": ["A"],
+        "category": ["coarse perception"],
+        "l2_category": ["image scene and topic"],
+        "meta_info": [{"source": "MMBench", "split": "val", "image_path": "images/0.jpg"}],
+    }, image=datasets.Image())
+    problem = load_problems(spec)[0]
+    assert problem["verifier"] == "mcq"
+    assert problem["problem"].count("A toy train") == 1
+
+
+# --- options and places of pictures -----------------------------------------------------------------------------------
+
+OPTION_COLUMNS = [
+    {"choices": ["red", "blue"]}, {"options": ["red", "blue"]}, {"option": "A. red; B. blue"},
+    {"Options": "(A) red\n(B) blue"}, {"options": "A: red, B: blue"}, {"options": {"A": "red", "B": "blue", "C": None}},
+    {"A": "red", "B": "blue", "C": ""}, {"choice_a": "red", "choice_b": "blue"},
+]
+
+
+@pytest.mark.parametrize("columns", OPTION_COLUMNS)
+def test_options_reach_the_prompt_however_they_are_written(tmp_path, columns):
+    problem = load_problems(write_jsonl(tmp_path, [row(answer="B", **columns)]))[0]
+    assert problem["problem"] == "How many?\nChoices:\n(A) red\n(B) blue"
+    assert (problem["answer"], problem["verifier"]) == ("B", "mcq")
+
+
+@pytest.mark.parametrize("question", [
+    "Which? (A) red (B) blue", "Which?\nA. red\nB. blue", "Which?\nA: red\nB: blue",
+])
+def test_options_that_the_question_lists_are_not_listed_twice(tmp_path, question):
+    problem = load_problems(write_jsonl(tmp_path, [row(question=question, answer="B", choices=["red", "blue"])]))[0]
+    assert problem["problem"] == question
+
+
+def test_a_letter_in_the_question_is_no_list_of_options(tmp_path):
+    """The angle at (B) is not option B."""
+    question = "How wide is the angle at (B), seen from (A)?"
+    problem = load_problems(write_jsonl(tmp_path, [row(question=question, answer="B", choices=["30", "60"])]))[0]
+    assert problem["problem"].endswith("\nChoices:\n(A) 30\n(B) 60")
+
+
+@pytest.mark.parametrize("columns, name, why", [
+    ({"options": "red, blue"}, "options", "cannot be told apart"),
+    ({"options": "['red', 'blue']"}, "options", "cannot be told apart"),
+    ({"options": {"A": "red", "C": "blue"}}, "options", "called A, C"),
+    ({"A": "red", "B": "blue", "D": "green"}, "A to H", "called A, B, D"),
+    ({"candidates": ["red", "blue"]}, "candidates", "the prompt would lack"),
+    ({"choices": ["red", "blue"], "answer": "C"}, "answer", "none of the choices"),
+])
+def test_options_that_would_be_lost_are_an_error(tmp_path, columns, name, why):
+    message = fault(write_jsonl(tmp_path, [row(**{"answer": "B", **columns})]))
+    assert f"column {name}," in message
+    assert why in message
+
+
+def test_numbered_places_are_pictures(tmp_path):
+    images = {"images": ["0.png", "1.png"], "image": None}
+    spec = write_jsonl(tmp_path, [row(question="Compare <image1> with <image 2>.", **images)])
+    assert load_problems(spec)[0]["problem"] == "Compare <image> with <image>."
+
+
+@pytest.mark.parametrize("question, why", [
+    ("Compare <image1> and <image2>.", "2 times for 1"),
+    ("Compare <image2> and <image1>.", "numbered [2, 1]"),
+    ("Look at <image1>. What is in <image1>?", "numbered [1, 1]"),
+    ("What is in <Image>?", "<Image> would reach the model"),
+    ("What is in <img src='0.png'>?", "would reach the model"),
+    ("What is in <|image_pad|>?", "<|image_pad|> would reach the model"),
+    ("Count.<|im_end|>", "<|im_end|> would reach the model"),
+])
+def test_a_place_that_would_reach_the_prompt_as_text_is_an_error(tmp_path, question, why):
+    message = fault(write_jsonl(tmp_path, [row(question=question)]))
+    assert "column question," in message
+    assert why in message
+
+
+def test_a_smaller_sign_is_no_place(tmp_path):
+    question = "For which x is 2 < image(f) and x > 3?"
+    assert load_problems(write_jsonl(tmp_path, [row(question=question)]))[0]["problem"] == question
+
+
+# --- several data sets, and rows that are left out --------------------------------------------------------------------
+
+
+def test_data_sets_are_mixed(tmp_path):
+    """One behind the other, each with its count; an id begins with its data set, though both count from 0."""
+    first = geometry3k(tmp_path / "one/train-00000-of-00001.parquet")
+    second = write_jsonl(tmp_path, [row(id="0"), row(id="1")])
+    problems = load_problems(f"{first}:2,{second}@train,toy@test:1")
+    assert column("answer", problems) == ["2 \\sqrt { 221 }", "54", "3", "3", load_problems("toy@test:1")[0]["answer"]]
+    ids = column("id", problems)
+    assert len(set(ids)) == 5
+    assert ids[2:] == [f"{second}@train/0", f"{second}@train/1", "toy@test/toy-test-0"]
+    assert [len(problems[1:]), problems[-1]["id"], problems[::2][1]["id"]] == [4, ids[4], ids[2]]
+    with pytest.raises(IndexError):
+        problems[5]
+
+
+def test_a_data_set_is_mixed_in_once(tmp_path):
+    spec = geometry3k(tmp_path / "train.parquet")
+    assert f"names {spec} twice" in fault(f"{spec}:2,{spec}")
+
+
+def test_an_id_stands_in_one_row(tmp_path):
+    message = fault(write_jsonl(tmp_path, [row(id="a"), row(id="b"), row(id="a")]))
+    assert "row 2 " in message
+    assert "column id, value 'a': row 0 has this id too" in message
+
+
+def run_with(tmp_path, **flags):
+    """What load_problems needs of a Run, and the lines that it says."""
+    said = []
+    run = argparse.Namespace(args=of_the_world(**flags), skipped=[], say=said.append, said=said)
+    return run
+
+
+def test_bad_rows_are_left_out_when_asked_for(tmp_path):
+    """Good rows keep their order and the ids that they would have without the others."""
+    spec = write_jsonl(tmp_path, [row(answer="1"), row(answer=""), row(image="none.png"), row(answer="4"), row(id="x"),
+                                  row(id="x")])
+    run = run_with(tmp_path, skip_bad_rows=True)
+    problems = load_problems(spec, run)
+    assert column("answer", problems) == ["1", "4", "3"]
+    assert column("id", problems) == [f"{spec}/0", f"{spec}/3", "x"]
+    assert [(entry["dataset"], entry["row"]) for entry in run.skipped] == [(spec, 1), (spec, 2), (spec, 5)]
+    assert "cannot be graded" in run.skipped[0]["fault"]
+    assert "--skip_bad_rows leaves them out" in fault(spec)
+
+
+def test_rows_with_other_verifiers_are_left_out_when_asked_for(tmp_path):
+    """And counted. They are not checked: a row that is not wanted may be broken."""
+    spec = write_jsonl(tmp_path, [
+        row(verifier="open_ended", answer="a beach"), row(verifier="math"), row(verifier="digit"),
+        row(verifier="open_ended", image="none.png")])
+    run = run_with(tmp_path, verifiers="digit,math")
+    assert column("verifier", load_problems(spec, run)) == ["math", "digit"]
+    assert run.said == [f"{spec}: --verifiers digit,math leaves out 2 open_ended"]
+    toy = load_problems("toy@test:12", run)
+    assert set(column("verifier", toy)) == {"digit", "math"}
+    with pytest.raises(UserError, match="no row is left; 0 have faults, 4 another verifier"):
+        load_problems(spec, run_with(tmp_path, verifiers="iou"))
+    with pytest.raises(UserError, match="--verifiers digit,magic: 'magic' is none of"):
+        load_problems(spec, run_with(tmp_path, verifiers="digit,magic"))
+    assert "'magic'" in fault(write_jsonl(tmp_path, [row(verifier="magic")]))
 
 
 def test_imagefolder(tmp_path):
@@ -288,6 +591,9 @@ INFERRED = [
     ("B", OPTIONS, "mcq"),
     ("B", "Pick.\nA. 1\nB. 2", "mcq"),
     ("B", "Which point is it?", "math"),
+    ("B", "Points A, B and C lie on a circle. Which is its top?", "math"),
+    ("B", "Which comes next? Select from A-E.", "mcq"),
+    ("B", "Which comes next? Choose one of A, B, C or D.", "mcq"),
     ("7", "Q", "math"),
     ("7", "How many?", "digit"),
     ("12", "The number of apples?", "digit"),
@@ -355,6 +661,8 @@ BROKEN = [
     ({"verifier": "math", "answer": "\\boxed{}"}, "answer", "cannot be graded"),
     ({"verifier": "math", "answer": "9^9^9^9"}, "answer", "cannot be graded"),
     ({"verifier": "iou"}, "answer", "four numbers"),
+    ({"verifier": "iou", "answer": "[1, 2, 300, 400]"}, "answer", "beyond its picture of 8 × 6"),
+    ({"verifier": "iou", "answer": "[-3, 0, 4, 4]"}, "answer", "beyond its picture of 8 × 6"),
     ({"verifier": "mcq"}, "answer", "one letter"),
     ({"verifier": "digit", "answer": "2.5"}, "answer", "an integer"),
     ({"verifier": "magic"}, "answer", "'magic'"),
@@ -401,7 +709,7 @@ def test_an_answer_of_several_kinds_names_row_and_column(tmp_path):
 def test_a_missing_column_is_named_with_what_it_may_be_called(tmp_path):
     message = fault(write_jsonl(tmp_path, [{"image": "0.png", "query": "Q", "label": "1"}]))
     assert "no column for answer" in message
-    assert "answer or solution or gt" in message
+    assert "answer or ground_truth or gt_answer or solution or gt" in message
     assert "image, query, label" in message
     assert "no column for images" in fault(write_jsonl(tmp_path, [{"problem": "Q", "answer": "1"}]))
 

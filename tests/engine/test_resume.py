@@ -109,13 +109,19 @@ def test_a_run_that_is_stopped_ends_and_what_is_due_at_the_end_is_due(tmp_path):
 def test_learning_rate_against_its_definition():
     """Linear from a first share of the peak, then constant, or half a cosine down to the floor."""
     args = argparse.Namespace(
-        learning_rate=2.0, warmup_steps=4, lr_scheduler_type="constant", max_steps=14, min_learning_rate=0.5)
+        learning_rate=2.0, warmup_steps=4, lr_scheduler_type="constant", max_steps=14, min_learning_rate=0.5,
+        warmup_ratio=0.0)
     assert [learning_rate(step, args) for step in (1, 2, 4, 5, 14)] == [0.5, 1.0, 2.0, 2.0, 2.0]
     args.lr_scheduler_type = "cosine"
     assert [learning_rate(step, args) for step in (4, 9, 14)] == pytest.approx([2.0, 1.25, 0.5])
     args.warmup_steps = 0
     args.lr_scheduler_type = "constant"
     assert learning_rate(1, args) == 2.0
+    args.warmup_ratio = 0.2  # of 14 steps: 2.8, so 3; it takes the place of the steps
+    args.warmup_steps = 1
+    assert [learning_rate(step, args) for step in (1, 2, 3, 4)] == pytest.approx([2 / 3, 4 / 3, 2.0, 2.0])
+    args.lr_scheduler_type = "cosine"
+    assert learning_rate(14, args) == 0.5
 
 
 # --- answers that are kept --------------------------------------------------------------------------------------------

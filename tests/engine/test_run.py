@@ -98,7 +98,7 @@ def test_pictures_are_not_all_in_memory_at_once(folder, tmp_path, monkeypatch, s
     """A data set is gone through problem by problem: when its prompts are checked, and when they are answered."""
     counted = []
 
-    def load(spec):
+    def load(spec, run):
         if spec == "none":
             return []
         counted.append(Counted(common.load_problems(spec)))

@@ -1,11 +1,11 @@
 """common.sample: against transformers' generate, against itself in other batches, and its traps."""
 
-import argparse
 import contextlib
 import math
 
 import common
 from common import encode, read, sample, token_entropy, token_logps
+from harness.flags import of_the_world
 
 import pytest
 import torch
@@ -263,7 +263,7 @@ def test_trap_checkpointing_and_cache(policy, processor, problems):
 @pytest.mark.parametrize("wanted", [False, True])
 def test_gradient_checkpointing_is_on_when_asked_for(folder, problems, wanted):
     """transformers recomputes in training mode only: with the flag a layer is run twice, forward and backward."""
-    asked = argparse.Namespace(gradient_checkpointing=wanted, train_vision=False, max_pixels=common.MAX_PIXELS)
+    asked = of_the_world(gradient_checkpointing=wanted)
     policy, processor = common.load_policy(folder, train=True, args=asked)
     rollout = draw(policy, processor, problems)
     runs = []
@@ -281,26 +281,82 @@ def test_trap_pixel_budget(processor):
     def problem(width, height):
         return dict(id="x", images=[picture(width, height)], problem="Look.", answer="1", verifier="digit")
 
-    assert processor.image_processor.size["longest_edge"] == common.MAX_PIXELS
+    most = of_the_world().max_pixels
+    assert processor.image_processor.size["longest_edge"] == most
     small, large = encode(processor, [problem(56, 84), problem(2000, 1500)]).grids
     assert small.tolist() == [[1, 6, 4]]  # 84 by 56 pixels in patches of 14
     pixels = int(large.prod()) * 14 * 14
-    assert common.MAX_PIXELS * 0.9 < pixels <= common.MAX_PIXELS
+    assert most * 0.9 < pixels <= most
 
 
 def test_trap_prompt_truncation(processor, problems):
     """A prompt over the limit is refused with its length; nothing is cut."""
-    args = argparse.Namespace(max_prompt_length=4096, max_pixels=common.MAX_PIXELS)
-    lengths, scaled, _ = common.check_prompts(processor, problems, args)
+    args = of_the_world(max_prompt_length=4096)
+    lengths = common.check_prompts(processor, problems, args).lengths
     assert lengths == [len(ids) for ids in encode(processor, problems).ids]
-    assert scaled == 0
     args.max_prompt_length = max(lengths) - 1
-    with pytest.raises(common.UserError, match=f"prompt of {max(lengths)} tokens"):
+    with pytest.raises(common.UserError, match=f"prompt of {max(lengths)} tokens.*--skip_bad_rows"):
         common.check_prompts(processor, problems, args)
 
 
+def test_overlong_prompts_are_left_out_when_asked_for(processor, problems):
+    """They count in nothing; the others keep their order."""
+    args = of_the_world(skip_bad_rows=True)
+    lengths = common.check_prompts(processor, problems, args).lengths
+    args.max_prompt_length = sorted(lengths)[-2]
+    check = common.check_prompts(processor, problems, args)
+    longest = lengths.index(max(lengths))
+    assert check.fitting == [place for place in range(5) if place != longest]
+    assert check.lengths == [length for length in lengths if length != max(lengths)]
+    assert check.kinds == {"digit": 4}
+    assert len(check.faults) == 1
+    assert f"problem p{longest} has a prompt of {max(lengths)} tokens" in check.faults[0]
+
+
 def test_scaled_pictures_and_kinds_of_problems_are_counted(processor, problems):
-    args = argparse.Namespace(max_prompt_length=4096, max_pixels=84 * 84)
-    _, scaled, kinds = common.check_prompts(processor, problems, args)
-    assert scaled == 2  # 56x140 and 112x112
-    assert kinds == {"digit": 5}
+    args = of_the_world(max_pixels=84 * 84, min_pixels=80 * 80)
+    check = common.check_prompts(processor, problems, args)
+    assert check.scaled == 2  # 56x140 and 112x112
+    assert check.enlarged == 1  # 112x56
+    assert check.kinds == {"digit": 5}
+
+
+def test_small_pictures_are_enlarged(folder):
+    """To at least --min_pixels; the prompt's length says so, before anything is encoded."""
+    processor = common.load_policy(folder, args=of_the_world(min_pixels=512 * 512))[1]
+    some = [dict(id="x", images=[picture(*size)], problem="Look.", answer="1", verifier="digit")
+            for size in ((56, 84), (300, 200), (700, 560))]
+    prompts = encode(processor, some)
+    pixels = [int(grid.prod()) * 14 * 14 for grid in prompts.grids]
+    assert all(512 * 512 <= number < 1.2 * 512 * 512 for number in pixels[:2])
+    assert prompts.grids[2].tolist() == [[1, 40, 50]]  # large enough: as it is
+    check = common.check_prompts(processor, some, of_the_world(min_pixels=512 * 512))
+    assert check.lengths == [len(ids) for ids in prompts.ids]
+    assert check.enlarged == 2
+
+
+def test_a_problem_is_given_the_size_that_the_model_sees(processor):
+    """Of its first picture, as the processor resized it: width, then height."""
+    sizes = [(84, 56), (100, 60), (2000, 1500)]
+    some = [dict(id="x", images=[picture(*size)], problem="Look.", answer="1", verifier="digit") for size in sizes]
+    prompts = encode(processor, some)
+    found = [problem["size"] for problem in prompts.problems]
+    assert found[:2] == [(84, 56), (112, 56)]  # multiples of 28
+    assert found[2] == (int(prompts.grids[2][0, 2]) * 14, int(prompts.grids[2][0, 1]) * 14)
+    assert "size" not in some[0]  # the caller's own problem is left alone
+
+
+def test_the_texts_around_a_problem(folder, problems):
+    """--system_prompt begins the chat, --instruction stands behind the problem; empty, neither is there."""
+    def prompt(**texts):
+        processor = common.load_policy(folder, args=of_the_world(**texts))[1]
+        return common.chat(processor, problems[4])
+
+    plain = prompt()
+    assert plain.endswith(f"Go.\n{common.INSTRUCTION}<|im_end|>\n<|im_start|>assistant\n")
+    bare = prompt(instruction="")
+    assert bare == plain.replace("\n" + common.INSTRUCTION, "")
+    told = prompt(system_prompt="Answer in <answer> tags.", instruction="Be brief.")
+    assert told.startswith("<|im_start|>system\nAnswer in <answer> tags.<|im_end|>\n<|im_start|>user\n")
+    assert "Go.\nBe brief.<|im_end|>" in told
+    assert "helpful assistant" not in told

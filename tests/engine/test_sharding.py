@@ -11,6 +11,7 @@ import sys
 
 import common
 import harness.sharding
+from harness.flags import of_the_world
 from lab import report
 from tabletop import models
 
@@ -223,7 +224,7 @@ def test_shards_are_saved_in_the_dtype_they_came_in(halves, tmp_path):
 @pytest.mark.parametrize("train, dtype", [(True, torch.float32), (False, torch.bfloat16)])
 def test_shards_have_the_dtype_of_what_they_are_for(halves, train, dtype):
     """The same of a model in shards."""
-    args = argparse.Namespace(max_pixels=10**6, train_vision=True, gradient_checkpointing=False)
+    args = of_the_world(train_vision=True, gradient_checkpointing=False)
     run = argparse.Namespace(args=args, sharded=True, device=torch.device("cpu"))
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
