@@ -5,11 +5,32 @@ Nothing here changes what is learned.
 
 from collections.abc import Callable, Sequence
 
+from harness.answers import final_answer
 from harness.rollout import Rollout
 from harness.run import Run
 
 import torch
 from transformers import PreTrainedTokenizerBase
+
+# --- where a wrong answer first goes wrong ----------------------------------------------------------------------------
+
+
+def first_wrong_tokens(tokenizer: PreTrainedTokenizerBase, rollout: Rollout) -> torch.Tensor:
+    """(B, T) of 0/1: the first wrong token of every answer that ends wrong, nothing in the others.
+
+    The problems must carry the hook "first_wrong": a function from the texts of an answer's tokens to the place of the
+    first one that no right answer has there, or None. Only problems whose right answers are all known can have one.
+    """
+    wrong_BT = torch.zeros_like(rollout.mask_BT)
+    for b, problem in enumerate(rollout.problems):
+        if final_answer(rollout.texts[b]) == problem["answer"]:
+            continue
+        length = int(rollout.mask_BT[b].sum())
+        place = problem["first_wrong"](tokenizer.batch_decode(rollout.tokens_BT[b, :length, None]))
+        if place is not None:
+            wrong_BT[b, place] = 1.0
+    return wrong_BT
+
 
 # --- vepo.py: tokens that look, tokens that hesitate ------------------------------------------------------------------
 
@@ -20,12 +41,18 @@ def record_signals(
 ) -> dict:
     """Metrics of VEPO's signals, over the answers that were read. In the last step some answers go to signals.jsonl.
 
+    Where the problems know where an answer goes wrong, `coverage` is the share of first wrong tokens with credit.
+
     read_B: bool. signals: jsd, delta_entropy, entropy, score and kept (1 on the tokens with credit), each (B, T).
     top(score_BT, mask_BT, fraction) picks the highest tokens of each answer, (B, T) of 0/1.
     """
     if run.step == run.args.max_steps:
         run.append(run.path("signals.jsonl"), signal_rows(run.step, tokenizer, rollout, read_B, signals=signals))
-    return signal_metrics(run, signals, rollout.mask_BT * read_B[:, None], top=top)
+    metrics = signal_metrics(run, signals, rollout.mask_BT * read_B[:, None], top=top)
+    if all("first_wrong" in problem for problem in rollout.prompts.problems):
+        wrong_BT = first_wrong_tokens(tokenizer, rollout) * read_B[:, None]
+        metrics["coverage"] = run.mean(signals["kept"], wrong_BT)
+    return metrics
 
 
 def signal_metrics(

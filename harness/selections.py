@@ -11,7 +11,9 @@ from harness.run import generator
 
 import torch
 
-SELECTIONS = ("vepo", "all", "entropy", "jsd", "delta_entropy", "random", "ungated", "linear", "product")
+SELECTIONS = (
+    "vepo", "all", "entropy", "jsd", "delta_entropy", "random", "ungated", "linear", "product", "kl", "bottom",
+)
 
 
 def other_score(
@@ -28,8 +30,16 @@ def other_score(
         "ungated": 1 - (1 - j_BT) ** alpha * (1 - d_BT) ** (1 - alpha),
         "linear": (alpha * j_BT + (1 - alpha) * d_BT) * h_BT,
         "product": j_BT * d_BT * h_BT,
+        "bottom": -(1 - (1 - j_BT) ** alpha * (1 - d_BT) ** (1 - alpha)) * h_BT,  # a control: VEPO's order turned round
     }
     return scores[select]
+
+
+def kl(logits_NV: torch.Tensor, noised_logits_NV: torch.Tensor, tokens_N: torch.Tensor) -> torch.Tensor:
+    """KL(P‖Q) of the two readings, (N,), in nats: what --select kl has in place of the JSD. It has no upper bound."""
+    logp_NV = logits_NV.log_softmax(-1)
+    logq_NV = noised_logits_NV.log_softmax(-1)
+    return (logp_NV.exp() * (logp_NV - logq_NV)).sum(-1).clamp_min(0)
 
 
 def random_scores(rollout: Rollout, seed: tuple) -> torch.Tensor:

@@ -31,6 +31,7 @@ PANELS = [
     ("Tokens clipped", "%", {"clip_fraction": ""}),
     ("With a noised picture", "nats", {"jsd": "divergence", "delta_entropy": "entropy change"}),
     ("Visual tokens missed by entropy", "%", {"missed_by_entropy": ""}),
+    ("First wrong tokens with credit", "%", {"coverage": ""}),
     ("Cluster size", "answers", {"largest_cluster": "largest", "smallest_cluster": "smallest"}),
     ("Clusters that only diversity moves", "%", {"only_diversity_clusters": ""}),
     ("Loss", "nats a token", {"eval_loss": "held-out", "loss": "training"}),
