@@ -326,19 +326,23 @@ def pass_at_k(results, path):
     )
 
 
-def dots(panels, path, headline, caption):
+def dots(panels, path, headline, caption, columns=None):
     """Draws measures side by side, one panel each, with the models below each other, into `path`, which is returned.
 
     panels: [(title, unit, [(label, colour, [(mean, low, high), ...])])], with the same labels in every panel. Some
     models have several intervals: the last one is drawn full, the ones before it hollow and above it. A model that has
-    fewer intervals than the others has hollow ones only.
+    fewer intervals than the others has hollow ones only. columns: panels in a row (default: all of them).
     """
     most = max(len(intervals) for _, _, lines in panels for *_, intervals in lines)
+    columns = columns or len(panels)
+    rows = -(-len(panels) // columns)
     with matplotlib.rc_context(STYLE | {"axes.grid.axis": "x"}):
-        figure = frame(headline, caption, 0.36 * len(panels[0][2]) + 1.15)
-        axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
-        for axis, panel in zip(axes, panels, strict=True):
+        figure = frame(headline, caption, rows * (0.2 * len(panels[0][2]) + 0.55) + 0.16 * len(panels[0][2]) + 0.6)
+        axes = figure.subplots(rows, columns, sharey=True, squeeze=False).flatten()
+        for axis, panel in zip(axes, panels, strict=False):
             draw_dots(axis, Panel(*panel), most)
+        for axis in axes[len(panels):]:
+            axis.axis("off")
         return save(figure, path)
 
 
@@ -362,6 +366,44 @@ def draw_dots(axis, panel, most):
 def show_dot_tick(value, unit):
     """The text of a tick, with three digits: the axes of `dots` do not start at zero."""
     return f"{100 * value:.3g}%" if unit == "%" else f"{value:.3g}"
+
+
+# x and y: [value, low, high] each
+Cross = namedtuple("Cross", "label colour marker x y")
+
+
+def crosses(points, path, headline, caption, *, xlabel, ylabel):
+    """Draws Crosses, points with an interval in both directions, into `path`, which is returned.
+
+    Points of one colour share the first part of their label, up to a comma, points of one marker the rest.
+    """
+    with matplotlib.rc_context(STYLE | {"axes.grid.axis": "both"}):
+        figure = frame(headline, caption, 4.6)
+        axis = figure.add_subplot(xlabel=xlabel, ylabel=ylabel)
+        for point in points:
+            axis.plot(point.x[1:], [point.y[0]] * 2, color=point.colour, linewidth=0.8, alpha=0.6)
+            axis.plot([point.x[0]] * 2, point.y[1:], color=point.colour, linewidth=0.8, alpha=0.6)
+            axis.plot(point.x[0], point.y[0], point.marker, color=point.colour, markersize=7)
+        axis.axhline(0, color=QUIET, linewidth=0.6, zorder=0.9)
+        axis.margins(x=0.05)
+        axis.xaxis.set_major_formatter(lambda value, _: show_dot_tick(value, "%"))
+        axis.yaxis.set_major_formatter(lambda value, _: show_dot_tick(value, "%"))
+        handles = key_of(axis, points)
+        axis.legend(handles=handles, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, handletextpad=0.3)
+        return save(figure, path)
+
+
+def key_of(axis, points):
+    """What the legend of `crosses` shows: a line for each colour, then one for each marker."""
+    colours = {}
+    markers = {}
+    for point in points:
+        what, _, where = point.label.partition(", ")
+        colours.setdefault(what, point.colour)
+        markers.setdefault(where, point.marker)
+    handles = [axis.plot([], [], "o", color=colour, label=what)[0] for what, colour in colours.items()]
+    handles += [axis.plot([], [], marker, color=QUIET, label=where)[0] for where, marker in markers.items()]
+    return handles
 
 
 # --- what a model wrote, made fit for a picture
