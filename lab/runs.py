@@ -245,8 +245,10 @@ class Bench:
         """Ends the runs that are under way: nobody would look after them. They can continue from their checkpoints."""
         with self.lock:
             self.stopped = True
-        for process in list(self.running):
+        left = list(self.running)
+        for process in left:
             process.terminate()
+        for process in left:  # each ends behind its present step
             process.wait()
 
     def make_all(self, desc="runs"):

@@ -1,0 +1,163 @@
+"""The pictures of the studies: a world to a row or a panel, so that a premise and its absence stand side by side."""
+
+from lab import arms, claims, measures, pictures, report
+from lab.pictures import PALETTE
+
+NAMES = {  # what an arm is called in a picture
+    "base": "base",
+    "all": "all tokens (GRPO)",
+    "entropy": "top entropy",
+    "vepo": "VEPO, a fifth",
+    "vepo-half": "VEPO, a half",
+    "jsd": "top JSD",
+    "random": "random",
+    "oracle": "oracle",
+    "grpo": "GRPO (K = 1)",
+    "mupo-2": "MUPO, K = 2",
+    "mupo": "MUPO, K = 3",
+    "mupo-5": "MUPO, K = 5",
+    "no-bonus": "K = 3, no bonus",
+    "opd": "OPD",
+    "sft": "SFT, early-stopped",
+    "overtrained": "SFT, over-trained",
+}
+COLOURS = {  # whose colour of PALETTE it has
+    "all": "grpo",
+    "entropy": "sft",
+    "vepo": "vepo",
+    "vepo-half": "mupo",
+    "jsd": "opd",
+    "random": "other",
+    "oracle": "teacher",
+    "grpo": "grpo",
+    "mupo-2": "sft",
+    "mupo": "mupo",
+    "mupo-5": "opd",
+    "no-bonus": "other",
+    "opd": "opd",
+    "sft": "sft",
+    "overtrained": "vepo",
+}
+WORLDS = {  # what a world is called, and whether the papers' premise is there
+    "toy-see": "misread cells",
+    "toy-think": "misjudged conclusions",
+    "toy-see-fillers": "misread cells, fillers",
+    "toy-think-fillers": "misjudged conclusions, fillers",
+    "toy-ways-same": "ways that solve the same",
+    "toy-ways-parts": "ways that solve different parts",
+    "toy": "one skill, own hand",
+    "toy-two-skills": "a second skill to forget",
+    "toy-hand": "traces in another hand",
+}
+SHOWN = {  # the arms of a picture, from the top
+    "doubt": ("base", "all", "entropy", "vepo", "vepo-half", "jsd", "random", "oracle"),
+    "ways": ("base", "grpo", "mupo-2", "mupo", "mupo-5", "no-bonus"),
+    "stage1": ("base", "opd", "sft", "overtrained"),
+}
+
+
+def name_of(arm):
+    return NAMES.get(arm, arm)
+
+
+def colour_of(arm):
+    return PALETTE[COLOURS.get(arm, "base")]
+
+
+def mean_interval(table, world, arm, key, split="in"):
+    """[value, low, high] of a measure of one arm, over seeds and problems."""
+    seeds = measures.seeds_of(table, world, (arm,), split)
+    return measures.interval(measures.mean, measures.measure(table, world, arm, split, key=key, seeds=seeds))
+
+
+def panel(table, study, world, title, *, key, split="in"):
+    """A panel of pictures.dots: a measure of every arm of a world, after RL too if there is such an arm."""
+    lines = []
+    for arm in SHOWN[study]:
+        both = [one for one in (arm, f"{arm}-grpo") if one in table["answers"][world]]
+        intervals = [mean_interval(table, world, one, key, split=split) for one in both]
+        lines.append((name_of(arm), colour_of(arm), intervals))
+    unit = "%" if key.startswith("pass@") else ""
+    return title, unit, lines
+
+
+def caption_of(rows, table):
+    """The small print: what the intervals are, and the verdicts in each world."""
+    said = {}
+    for row in rows:
+        said.setdefault(row["world"], []).append(f"{row['id']} {row['verdict']}")
+    verdicts = ". ".join(f"{WORLDS.get(world, world)}: {', '.join(words)}" for world, words in said.items())
+    first = next(iter(next(iter(table["answers"].values())).values()))["in"]
+    return (f"Means over up to {len(first['seeds'])} seeds and {len(first['right'][0])} held-out problems, 95% "
+            f"intervals over seeds and problems. {verdicts}.")
+
+
+# --- one picture for each study ---------------------------------------------------------------------------------------
+
+
+def draw_doubt(table, rows, bench, place):
+    panels = [panel(table, "doubt", world, f"pass@1: {WORLDS[world]}", key="pass@1") for world in arms.DOUBT]
+    one = pictures.dots(panels, place / "doubt.png", "The same steps with credit for other tokens, in four worlds",
+                        caption_of(rows, table), columns=2)
+    return [one, draw_coverage(table, rows, place)]
+
+
+def draw_coverage(table, rows, place):
+    """Coverage on the base against what training lost, a point for each selection in each world."""
+    found = next(row for row in rows if row["id"] == "E5")["tests"][0]
+    points = []
+    for world, marker in zip(arms.DOUBT, "os^D", strict=True):
+        for arm in found["arms"][1:]:  # the first is `all`, with which the others are compared
+            point = claims.point_of(table, world, arm)
+            points.append(pictures.Cross(
+                f"{name_of(arm)}, {WORLDS[world]}", colour_of(arm), marker,
+                x=measures.ends(point["coverage"], point["covered_D"]),
+                y=measures.ends(point["gain"], point["gained_D"])))
+    low, high = found["interval"]
+    headline = f"What a selection loses, by what it covers: rank correlation {found['estimate']:.2f}"
+    caption = (f"95% interval of the correlation: {low:.2f} to {high:.2f}. Coverage is measured on the base, before "
+               "any training: the share of first wrong tokens with credit. Lines: 95% intervals.")
+    return pictures.crosses(points, place / "coverage.png", headline, caption,
+                            xlabel="coverage of the base's first wrong tokens",
+                            ylabel="pass@1 after training, minus that of all tokens")
+
+
+def draw_ways(table, rows, bench, place):
+    panels = []
+    for world in arms.WAYS:
+        for key in ("pass@1", "pass@4", "pass@64", "diversity"):
+            title = f"{WORLDS[world]}: {key}" if key == "pass@1" else key
+            panels.append(panel(table, "ways", world, title, key=key))
+    one = pictures.dots(panels, place / "ways.png", "Fifteen answers to a problem, with and without clusters",
+                        caption_of(rows, table), columns=4)
+    curves = [draw_curves(bench, world, ("grpo", "mupo", "no-bonus"), place / f"ways-{world}.png",
+                          keys=["diversity", "accuracy"]) for world in arms.WAYS]
+    return [one, *curves]
+
+
+def draw_stage1(table, rows, bench, place):
+    panels = []
+    for world in arms.STAGE1:
+        panels += [
+            panel(table, "stage1", world, f"{WORLDS[world]}: pass@1", key="pass@1"),
+            panel(table, "stage1", world, "pass@1 out of domain", key="pass@1", split="out"),
+            panel(table, "stage1", world, "pass@16", key="pass@16"),
+            panel(table, "stage1", world, "entropy", key="entropy"),
+        ]
+    one = pictures.dots(panels, place / "stage1.png", "Hollow: the warm start. Full: after the same GRPO",
+                        caption_of(rows, table), columns=4)
+    return [one]
+
+
+def draw_curves(bench, world, names, path, *, keys):
+    """Draws metrics of some arms of a world over the training steps; returns the path."""
+    runs = {}
+    colours = {}
+    for arm in names:
+        name = f"{world}/{arm}"
+        runs[name_of(arm)] = [bench.folder(name, seed) for seed in bench.specs[name].seeds]
+        colours[name_of(arm)] = colour_of(arm)
+    return report.overlay(runs, path, keys=keys, headline=WORLDS[world].capitalize(), colours=colours)
+
+
+DRAW = {"doubt": draw_doubt, "ways": draw_ways, "stage1": draw_stage1}
