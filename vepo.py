@@ -178,6 +178,12 @@ def look(logits_NV, noised_logits_NV, tokens_N):
     return *visual_signals(logits_NV, noised_logits_NV), token_logps(logits_NV, tokens_N)
 
 
+def look_by_kl(logits_NV, noised_logits_NV, tokens_N):
+    """The same with KL(P‖Q) in the place of the JSD: --select kl."""
+    _, delta_entropy, entropy, logp = look(logits_NV, noised_logits_NV, tokens_N)
+    return kl(logits_NV, noised_logits_NV, tokens_N), delta_entropy, entropy, logp
+
+
 # --- the run ----------------------------------------------------------------------------------------------------------
 
 RECIPE = dict(
@@ -296,14 +302,11 @@ def main(args):
         plan = plan_updates(run, rollout, read_B)
         # Each answer is read with I and with I', by the policy that sampled it: those log-probs are π_old's too.
         noised = counterfactual(rollout.prompts, args.counterfactual, args.noise_std, (args.seed, step))
+        looking = look_by_kl if args.select == "kl" else look
         with torch.no_grad():
-            *signals, old_logp_BT = read(look, rollout, policy, Reading(policy, noised), batches=plan.batches)
+            *signals, old_logp_BT = read(looking, rollout, policy, Reading(policy, noised), batches=plan.batches)
         score_BT = vision_entropy_score(*signals, mask_BT, alpha=args.alpha)
-        if args.select == "kl":  # KL(P‖Q) in place of the JSD, from a reading that no other selection pays for
-            with torch.no_grad():
-                kl_BT = read(kl, rollout, policy, Reading(policy, noised), batches=plan.batches)
-            score_BT = vision_entropy_score(kl_BT, *signals[1:], mask_BT, alpha=args.alpha)
-        elif args.select != "vepo":  # the paper's baselines and ablations
+        if args.select not in ("vepo", "kl"):  # the paper's baselines and ablations
             normal = [min_max(signal_BT, mask_BT) for signal_BT in signals]
             score_BT = other_score(args.select, rollout, normal, alpha=args.alpha, seed=(args.seed, step))
         kept_BT = mask_BT if args.select == "all" else top_fraction(score_BT, mask_BT, args.keep)

@@ -187,8 +187,7 @@ def main(args):
     reference = load_policy(args.model, run)[0] if args.beta else None
     optimizer = torch.optim.AdamW(trained_weights(policy), lr=args.learning_rate, weight_decay=args.weight_decay)
     problems, held_out = check_problems(run, processor, problems, held_out)
-    run.state["beta"] = args.beta
-    run.state["drawn"] = 0  # batches of problems used so far: dynamic sampling uses several to a step
+    run.state |= dict(beta=args.beta, drawn=0)  # drawn: batches of problems so far, several to a step
     run.start(policy, optimizer)
     if held_out and run.done == 0:
         run.log(0, evaluate(run, policy, processor, held_out))

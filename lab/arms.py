@@ -8,6 +8,7 @@ updates are the scripts' own of the tabletop, written out here so that no later 
 """
 
 from lab.runs import Spec
+
 from tabletop.worlds import WORLDS
 
 # --- sizes ------------------------------------------------------------------------------------------------------------
