@@ -30,7 +30,7 @@ from harness.answers import VERIFIERS, box_iou, final_answer, gold_in_pixels, in
 from harness.attention import NAME as PACKED_ROWS
 from harness.attention import pack_rows
 from harness.cache import ON_A_CPU, answers_that_fit, block_cache, bytes_of_answer
-from harness.disk import write_rows, written_beside
+from harness.disk import room_for, write_rows, written_beside
 from harness.flags import INSTRUCTION, UserError, is_toy, of_the_world
 from harness.rollout import Prompts, Rollout, name_of
 from harness.run import Run, bootstrap, generator
@@ -46,6 +46,7 @@ from tqdm import tqdm
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer, DynamicCache
 
 LOGITS = 2**25  # fp32 logits that exist at a time, 0.13 GB: at V = 152k the head meets 220 positions at once
+PAGE = 2**20  # bytes, about what the page of a run and its pictures take
 OPEN_ENDED_BETA = 1.0  # how fast an open-ended reward saturates; the paper gives no number
 # A picture token in an answer breaks the next forward pass: "image features and image tokens do not match".
 VISION_TOKENS = ["<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>"]
@@ -509,7 +510,7 @@ def sample(
     rollout = blank(processor, problems, group_B, T=max_completion_length, device=policy.device)
     rollout.temperature = temperature or 1.0
     with sharding.gathered(policy):
-        size = sample_batch_size or room_for(policy, rollout, G)
+        size = sample_batch_size or wave_size(policy, rollout, G)
         for members, numbers in tqdm(waves(len(problems), G, size), desc="sampling", delay=5, leave=False):
             decode(policy, rollout, members, numbers, seed=seed, greedy=temperature == 0)
     cut_to_longest(rollout)
@@ -519,7 +520,7 @@ def sample(
     return rollout
 
 
-def room_for(policy: Policy, rollout: Rollout, generations: int) -> int:
+def wave_size(policy: Policy, rollout: Rollout, generations: int) -> int:
     """How many answers of a blank rollout may be decoded together. Asked when the weights are gathered already."""
     if policy.device.type == "cpu":
         return ON_A_CPU
@@ -892,6 +893,9 @@ def finish(run: Run, policy: Policy, processor: Processor):
         run.say(f"ended after step {run.done} of {run.args.max_steps}")
     save_policy(policy, processor, run.folder, run.is_main)
     if run.is_main:
-        page = report().finish(run.folder, run.pictures) if run.done > 0 else "nothing: no step was finished"
+        page = "nothing: no step was finished"
+        if run.done > 0:
+            with room_for("the page", run.folder, needed=PAGE):
+                page = report().finish(run.folder, run.pictures)
         run.say(f"look at {page}; the model is in {run.folder}")
     run.end()

@@ -16,7 +16,7 @@ import harness.sharding
 from harness.disk import append_whole, as_size, room_for, write_atomically, written_beside
 from harness.flags import UserError
 from harness.run import Run
-from lab import report
+from lab import pictures, report
 
 import pytest
 import torch
@@ -176,6 +176,25 @@ def test_a_disk_that_fills_up(folder, tmp_path, monkeypatch, capsys, whole, what
     assert f"{what} cannot be written to {place}: " in line
     assert "the disk took only a part of it; it needs 9." in line or "File too large; it needs 3." in line
     assert_goes_on(folder, place, whole, stands)
+
+
+def test_a_page_that_does_not_fit(folder, tmp_path, monkeypatch, capsys, whole):
+    """The model is there, and so is the checkpoint: the page can be drawn later."""
+    place = tmp_path / "run"
+
+    def finish(output_dir, shown):
+        with files_up_to(10_000):
+            return pictures.write(f"{output_dir}/report.html", b"page" * 5_000)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(report, "finish", finish)
+        line = error_of(capsys, folder, place)
+    assert f"the page cannot be written to {place}: File too large; it needs 1.0 MB" in line
+    assert (place / "checkpoint-4").exists()
+    assert not list(place.glob(".*"))
+    drive(folder, place, *FOUR_STEPS, "--resume")
+    assert (place / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+    assert not list(place.glob("*checkpoint*"))
 
 
 def test_a_small_disk(folder, small_disk, monkeypatch, capsys, whole):

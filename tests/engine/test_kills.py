@@ -14,9 +14,9 @@ def kills(folder, number, steps, seed):
 
 
 def test_three_kills(folder):
-    kills(folder, 3, steps=2, seed=1)
+    kills(folder, 3, steps=3, seed=1)
 
 
 @pytest.mark.slow
 def test_twenty_kills(folder):
-    kills(folder, 20, steps=6, seed=2)
+    kills(folder, 20, steps=20, seed=2)

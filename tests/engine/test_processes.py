@@ -110,6 +110,7 @@ def test_a_process_that_dies_ends_the_others(tmp_path):
     assert "RuntimeError" not in done.stderr
 
 
+@pytest.mark.slow
 def test_a_process_that_dies_on_another_node(tmp_path):
     """Two launchers, as on two nodes: the second node's process is killed, and the first node ends by itself."""
     path = tmp_path / "node.py"
