@@ -13,5 +13,15 @@
     embedding    texts as vectors
     threads      cores that other processes need too
     selections   what VEPO's choice of tokens is compared with
+    attention    how the tokens of packed rows look at each other
+    cache        the KV cache of sampling, and how many answers have room in it
     diagnostics  what a run tells of itself beyond its paper
 """
+
+import os
+
+# A cache that grows and loses rows asks a GPU for memory in ever other sizes. Segments that expand are the allocator's
+# answer to that; without them free memory lies in pieces, each too small. Torch reads this when it is loaded: so
+# the house's own modules are imported first.
+if "PYTORCH_ALLOC_CONF" not in os.environ:
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")

@@ -35,12 +35,11 @@ import time
 import warnings
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from datetime import timedelta
 from pathlib import Path
 
 from harness.disk import append_whole, check_room, discard, free_bytes, room_for, write_atomically, write_rows
 from harness.flags import UserError, has_lost_a_process
-from harness.sharding import is_finite
+from harness.sharding import TIMEOUT, is_finite
 from harness.threads import watch_cores
 
 import numpy as np
@@ -55,9 +54,6 @@ from tqdm import tqdm
 
 # --resume refuses to change any flag but these, which change no number beyond rounding.
 FREE_ON_RESUME = {"resume", "output_dir", "report_to", "save_steps", "sample_batch_size", "micro_batch_size"}
-# While one process loads or grades, the others wait: ten minutes, the usual limit, would end the job on the first
-# download of a large model. A process that dies is noticed at once all the same, by what launched it.
-TIMEOUT = timedelta(hours=12)  # trap: collective timeout
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # each asks a run to end
 # Seconds in which a second signal is the first one's copy: a scheduler signals every process, and the launcher hands
 # the signal that it got itself to its processes too.
@@ -513,7 +509,7 @@ def make_accelerator(report_to: str, folder: str) -> Accelerator:
     try:
         return Accelerator(
             cpu=not torch.cuda.is_available(), log_with=trackers, project_dir=folder,
-            kwargs_handlers=[InitProcessGroupKwargs(timeout=TIMEOUT)])
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=TIMEOUT)])  # trap: collective timeout
     except ValueError as error:
         reason = " ".join(str(error).split())
         raise UserError(f"--report_to {report_to}: {reason}") from None

@@ -3,6 +3,7 @@ compare: every gradient (gathered), every answer. `python tests/drive.py grpo --
 
 LOGITS=16384 makes small chunks of the head's positions.
 TERM_AT=3 has the last process signalled to end there (SIGNAL=USR1: by SIGUSR1), and its launcher too.
+NODES=2 makes the processes believe that they are spread over two nodes.
 KILL_AT=3 ends the process with SIGKILL once the line of step 3 is written; KILL_AT=checkpoint while a checkpoint is.
 """
 
@@ -136,6 +137,8 @@ def measure(*argv):
 
 if __name__ == "__main__":
     common.LOGITS = int(os.environ.get("LOGITS", common.LOGITS))
+    if "NODES" in os.environ:
+        os.environ["LOCAL_WORLD_SIZE"] = str(int(os.environ["WORLD_SIZE"]) // int(os.environ["NODES"]))
     if os.environ.get("KILL_AT") == "checkpoint":
 
         def kill_at_state(path, text):

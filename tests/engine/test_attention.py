@@ -24,6 +24,8 @@ ROWS = {
     "a prompt of one token": ([1, 4], [[2, 3], [2, 2]]),
 }
 
+SCALE = 0.3
+
 
 def visible(prompts, answers):
     """(N, N), true where a token may look, by the definition: back, at its own prompt and at its own answer."""
@@ -51,11 +53,11 @@ def states(prompts, answers, heads=4, groups=4, D=8):
 
 
 def by_definition(query, key, value, seen):
-    """Attention as softmax(q·k / √D)·v with a mask; every group of query heads shares a key head."""
+    """Attention as softmax(SCALE·q·k)·v with a mask; every group of query heads shares a key head."""
     shared = query.shape[1] // key.shape[1]
     key = key.repeat_interleave(shared, 1)
     value = value.repeat_interleave(shared, 1)
-    scores = query @ key.transpose(2, 3) / query.shape[3] ** 0.5
+    scores = SCALE * query @ key.transpose(2, 3)
     return (scores.masked_fill(~seen, -torch.inf).softmax(3) @ value).transpose(1, 2)
 
 
@@ -75,7 +77,7 @@ def test_packed_rows_against_the_mask(case, groups):
     prompts, answers = ROWS[case]
     inputs = states(prompts, answers, groups=groups)
     rows = pack_rows(prompts, answers, torch.device("cpu"))
-    ours, _ = packed_attention(None, *inputs, rows)
+    ours, _ = packed_attention(None, *inputs, rows, scaling=SCALE)
     theirs = by_definition(*inputs, visible(prompts, answers))
     pairs = zip(seen_and_differentiated(ours, inputs), seen_and_differentiated(theirs, inputs), strict=True)
     for one, other in pairs:
@@ -89,15 +91,23 @@ def test_padding_reaches_nothing():
     rows = pack_rows(prompts, answers, torch.device("cpu"))
     assert len(rows.spread_M) > len(rows.gather_N)
     inputs = states(prompts, answers)
-    before = seen_and_differentiated(packed_attention(None, *inputs, rows)[0], inputs)
+    before = seen_and_differentiated(packed_attention(None, *inputs, rows, scaling=SCALE)[0], inputs)
     padding_M = torch.ones(len(rows.spread_M), dtype=torch.bool)
     padding_M[rows.gather_N] = False
     assert padding_M.sum() == 3 * 7 - (7 + 1 + 4)
     rows.spread_M[padding_M] = 0  # another token stands there
-    after = seen_and_differentiated(packed_attention(None, *inputs, rows)[0], inputs)
+    after = seen_and_differentiated(packed_attention(None, *inputs, rows, scaling=SCALE)[0], inputs)
     for one, other in zip(before, after, strict=True):
         assert one.isfinite().all()
         assert torch.allclose(one, other, rtol=1e-10, atol=1e-12)
+
+
+def test_further_answers_are_padded_to_the_longest_of_them():
+    """Not to the first, which attends with the prompt: where it is long, they would attend for nothing."""
+    prompts, answers = ROWS["the first is the longest"]
+    rows = pack_rows(prompts, answers, torch.device("cpu"))
+    assert len(rows.spread_M) == (5 + 9) + 2 * 2
+    assert len(rows.gather_N) == 5 + 9 + 1 + 2
 
 
 def test_nothing_is_moved_where_nothing_is_padded():

@@ -1,10 +1,15 @@
 """harness.cache: blocks against transformers' own cache, and the room that answers need."""
 
+import os
+import subprocess
+import sys
+
 from harness import cache
 from harness.cache import BLOCK, SHARE, answers_that_fit, block_cache, bytes_of_answer
 
 import pytest
 import torch
+from conftest import ROOT
 from transformers import DynamicCache, Qwen2_5_VLConfig
 
 QWEN_7B = dict(
@@ -106,3 +111,19 @@ def test_waves_follow_the_free_memory(monkeypatch, free, kept, expected):
         monkeypatch.setattr(cache.torch.cuda, name, fn)
     assert SHARE == 0.8
     assert answers_that_fit(10, torch.device("cuda")) == expected
+
+
+@pytest.mark.parametrize("given, expected", [
+    ({}, "expandable_segments:True None"),
+    ({"PYTORCH_CUDA_ALLOC_CONF": "backend:native"}, "backend:native None"),
+    ({"PYTORCH_ALLOC_CONF": "backend:native"}, "None backend:native"),
+])
+def test_segments_expand_unless_the_user_has_said_how_memory_is_kept(given, expected):
+    """torch reads these variables when it is loaded, and the first before the second."""
+    code = (
+        "import os, sys, harness; assert 'torch' not in sys.modules;"
+        "print(os.environ.get('PYTORCH_CUDA_ALLOC_CONF'), os.environ.get('PYTORCH_ALLOC_CONF'))")
+    names = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
+    environment = {name: value for name, value in os.environ.items() if name not in names} | given
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.stdout.strip() == expected, done.stderr

@@ -39,7 +39,7 @@ def test_trap_collective_timeout(tmp_path):
     assert timedelta(hours=2) <= harness.run.TIMEOUT
     done = processes(tmp_path, """
         import time
-        harness.run.TIMEOUT = harness.run.timedelta(seconds=2)
+        harness.run.TIMEOUT = datetime.timedelta(seconds=2)
         run = Run(args("run"))
         began = time.monotonic()
         if run.rank == 1:
