@@ -14,7 +14,7 @@ import pytest
 from conftest import ROOT, run_script
 
 START = """
-import argparse, os, sys
+import argparse, datetime, os, sys
 from harness.flags import UserError
 from harness.run import Run
 import harness.run

@@ -139,7 +139,7 @@ def test_waves_on_a_cpu_hold_256_answers_and_on_a_gpu_what_there_is_room_for(pol
     monkeypatch.setattr(common, "waves", watched)
     texts = draw(policy, processor, problems).texts
     draw(policy, processor, problems, sample_batch_size=4)
-    monkeypatch.setattr(common, "room_for", lambda *given: 7)
+    monkeypatch.setattr(common, "wave_size", lambda *given: 7)
     assert draw(policy, processor, problems).texts == texts
     assert found == [256, 4, 7]
 
