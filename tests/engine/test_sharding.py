@@ -206,7 +206,7 @@ def assert_is_rounded(student, place, source):
 
 def test_shards_are_saved_in_the_dtype_they_came_in(halves, tmp_path):
     """A sharded model of fp32 masters gives the same folder; trained or not, it is the checkpoint that it came from."""
-    args = argparse.Namespace(max_pixels=10**6, train_vision=True, gradient_checkpointing=False)
+    args = of_the_world(train_vision=True, gradient_checkpointing=False)
     run = argparse.Namespace(args=args, sharded=True, device=torch.device("cpu"))
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
