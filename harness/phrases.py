@@ -4,8 +4,8 @@ import re
 from collections import Counter
 
 PHRASES = ("wait", "again", "double-check", "hmm", "mistake", "alternatively", "check", "i should confirm")
-# The longest first, so that a double-check is no check too.
-ANY_PHRASE = re.compile(rf"\b(?:{'|'.join(sorted(PHRASES, key=len, reverse=True))})\b", re.IGNORECASE)
+# Matches do not overlap: a double-check is no check too.
+ANY_PHRASE = re.compile(rf"\b(?:{'|'.join(PHRASES)})\b", re.IGNORECASE)
 
 
 def hesitations(text: str) -> Counter:

@@ -290,9 +290,9 @@ def parquet_files(folder: Path) -> dict[str, list[Path]]:
     """
     by_split = {}
     for file in sorted(folder.rglob("*.parquet")):
-        shard = re.match(r"(\w+)-\d{5}-of-\d{5}", file.name)
-        split = shard.group(1) if shard else first_word(file)
-        if shard is None and split not in SPLITS:
+        split = first_word(file)
+        is_shard = re.match(r"\w+-\d{5}-of-\d{5}", file.name) is not None
+        if split not in SPLITS and not is_shard:
             split = "train"
         by_split.setdefault(split, []).append(file)
     return by_split

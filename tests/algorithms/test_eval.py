@@ -71,7 +71,7 @@ def test_a_contrast_is_paired():
     for number in range(50):
         row = dict(
             id=number, right=[number % 2 == 1] * 4, greedy_right=True, answers=["1"], format=[1.0], entropy=[1.0],
-            tokens=[3], truncated=[0.0])
+            tokens=[3], truncated=[0.0], texts=["wait"])
         rows.append(row)
         better.append(row | dict(right=[True] * 4) if number % 10 == 0 else row)
     mean, low, high = eval_passk.contrast(better, rows, [1])["pass@1"]

@@ -446,6 +446,12 @@ def test_options_reach_the_prompt_however_they_are_written(tmp_path, columns):
     assert (problem["answer"], problem["verifier"]) == ("B", "mcq")
 
 
+def test_a_letter_inside_an_option_opens_no_other(tmp_path):
+    options = "A. at C: right; B. at D, A. left; C. up"
+    problem = load_problems(write_jsonl(tmp_path, [row(answer="B", option=options)]))[0]
+    assert problem["problem"].endswith("\n(A) at C: right\n(B) at D, A. left\n(C) up")
+
+
 @pytest.mark.parametrize("question", [
     "Which? (A) red (B) blue", "Which?\nA. red\nB. blue", "Which?\nA: red\nB: blue",
 ])
