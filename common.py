@@ -304,8 +304,8 @@ def load_data_set(spec: str, run: Run | None) -> Sequence[dict]:
     args = run.args if run else of_the_world()
     verifiers = data_sets.read_verifiers(args.verifiers)
     asked = data_sets.parse_spec(spec)
-    if asked.name == "toy":
-        problems = tabletop().load(asked.split, asked.count)
+    if is_toy(asked.name):
+        problems = tabletop().load(asked.name, asked.split, asked.count)
         if verifiers == set(VERIFIERS):
             return problems
         bar = tqdm(problems, desc="verifiers", delay=5, leave=False)

@@ -1,19 +1,23 @@
-"""The tabletop: a small drawn world, and two Qwen2.5-VL models of about a million parameters that are at home in it.
+"""The tabletop: a small drawn world with dials, and Qwen2.5-VL models of about a million parameters at home in it.
 
-    build(name)           the folder of `toy` or `toy-teacher`, trained on first use and then kept in the user's cache
-    NAMES                 the names of the two models
-    load(split, count)    the problems of a split, drawn as they are asked for
+    build(name)                 the folder of a model; `toy` and `toy-teacher` are shipped, others are trained once
+    NAMES                       the names of the models
+    load(name, split, count)    the problems of a world's split, drawn as they are asked for
+    WORLDS                      the worlds by their names
 
-README.md describes the world. In the order in which they build on each other:
+README.md describes the worlds. In the order in which they build on each other:
 
     grids.py       what a problem is: the words, the grid, the question, the answer
-    traces.py      how a problem is reasoned through, in three styles
+    traces.py      how a problem is reasoned through, in three styles; where an answer first goes wrong
+    worlds.py      the dials, and where they stand in each world
+    habits.py      what the base of a world is taught to write, mistakes included
     pictures.py    how a grid is drawn
     problems.py    which problems each split holds
-    models.py      how the two models are made
+    models.py      how the models are made
 """
 
 from tabletop.models import NAMES, build
 from tabletop.problems import load
+from tabletop.worlds import WORLDS
 
-__all__ = ["NAMES", "build", "load"]
+__all__ = ["NAMES", "WORLDS", "build", "load"]

@@ -5,6 +5,8 @@
     mcq        which colour is most common   B
     math       what fraction is red          \\frac{1}{3}
     iou        a box around all the stars    [28, 0, 84, 56]      in pixels: left, top, right, bottom
+
+and, where a world has a second skill, mcq also asks which colour is at b2.
 """
 
 from collections.abc import Iterable
@@ -79,6 +81,12 @@ OOD_WORDINGS = {
         "Find where the {things} are, in one box.",
     ),
 }
+# The second skill, in the world that has one: what stands at a place.
+SKILL_WORDINGS = (
+    "Which {kind} is at {place}?",
+    "What {kind} do you see at {place}?",
+    "Find the {kind} at {place}.",
+)
 
 # --- a problem --------------------------------------------------------------------------------------------------------
 
@@ -92,7 +100,7 @@ class Spec:
 
     grid: rows of cells. verifier: one of VERIFIERS. target: what to find, (colour or None, shape or None), where None
     stands for any; for mcq (kind,), a key of OPTIONS. wording: the question, still with {things} or {kind} in it.
-    drawing: the seed of sizes and offsets.
+    drawing: the seed of sizes and offsets. place: for the second skill, the cell that is asked about, such as "b3".
     """
 
     grid: Grid
@@ -100,6 +108,7 @@ class Spec:
     target: tuple
     wording: str
     drawing: int
+    place: str = ""
 
 
 def name_of(words: Iterable[str | None]) -> str:
@@ -128,6 +137,14 @@ def places(spec: Spec, target: tuple) -> list[str]:
     return [place for place, cell in cells(spec) if matches(cell, target)]
 
 
+def part_at_place(spec: Spec) -> tuple[int, str]:
+    """For the second skill: the index and the name of the colour (or shape) at the place that is asked about."""
+    kind = spec.target[0]
+    cell = dict(cells(spec))[spec.place]
+    part = cell[list(OPTIONS).index(kind)]
+    return OPTIONS[kind].index(part), part
+
+
 def most_common(spec: Spec) -> tuple[int, tuple]:
     """For mcq: the index of the option that most cells show, and that option as a target."""
     kind = spec.target[0]
@@ -147,6 +164,9 @@ def fraction(spec: Spec) -> Fraction:
 
 def answer(spec: Spec) -> str:
     """The gold answer as text."""
+    if spec.place:
+        number, _ = part_at_place(spec)
+        return LETTERS[number]
     if spec.verifier == "mcq":
         winner, _ = most_common(spec)
         return LETTERS[winner]
@@ -171,7 +191,7 @@ def question(spec: Spec) -> str:
     if spec.verifier == "mcq":
         kind = spec.target[0]
         options = ", ".join(f"{option} {letter}" for letter, option in zip(LETTERS, OPTIONS[kind], strict=True))
-        return f"{spec.wording.format(kind=kind)} {options}"
+        return f"{spec.wording.format(kind=kind, place=spec.place)} {options}"
     return spec.wording.format(things=_things(spec))
 
 

@@ -1,24 +1,34 @@
-"""How the two models of the tabletop are made.
+"""How the models of the tabletop are made.
 
-`toy` plays the role of Qwen2.5-VL-7B-Instruct: it can solve these problems, but not reliably.
-`toy-teacher` plays the role of the 72B: it nearly always solves them, and in several ways.
+`toy` plays the role of Qwen2.5-VL-7B-Instruct. It reads clear pictures well, and the faded ones of its world badly.
+`toy-teacher` plays the role of the 72B: it reads both, and solves the problems in several ways. These two are shipped
+in tabletop/weights. The bases of the other worlds are made from them on first use, and kept in the user's cache.
 
-Both are ordinary Qwen2.5-VL checkpoints in the hub's layout, trained on first use and kept in the user's cache.
+    python -m tabletop        makes the shipped weights anew: some ten minutes on one core
+
+All are ordinary Qwen2.5-VL checkpoints in the hub's layout.
 """
 
 import contextlib
+import dataclasses
 import hashlib
+import itertools
 import json
 import os
+import random
+import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
-from common import INSTRUCTION, forced, load_policy, read, save_policy, token_logps
+from common import INSTRUCTION, Policy, Processor, forced, load_policy, read, save_policy, token_logps
 from harness.flags import UserError, of_the_world
-from tabletop.grids import PAPER, STYLES, question
+from tabletop.grids import PAPER, VERIFIERS, Spec, question
+from tabletop.habits import lessons, other_hand
 from tabletop.pictures import draw
-from tabletop.problems import problem_of, spec_of
-from tabletop.traces import traces
+from tabletop.problems import spec_of
+from tabletop.traces import FILLERS, traces
+from tabletop.worlds import WORLDS, World
 
 import torch
 from tokenizers import Regex, Tokenizer
@@ -61,64 +71,93 @@ CHAT_TEMPLATE = """\
 {%- endfor %}
 {%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"""
 
-# vocab_size is larger than the tokenizer's: the extra rows are padding. Their number differs between the two models, as
-# it does between the 7B and the 72B. The last six entries are about training (see _train). A model's folder is named by
-# a hash of its recipe, which depends on the order of the entries too.
+# vocab_size is larger than the tokenizer's: the extra rows are padding. Their number differs between the two sizes, as
+# it does between the 7B and the 72B.
+STUDENT = dict(vocab_size=512, hidden=96, layers=4, heads=4, vision_hidden=64, vision_layers=2)
+TEACHER = dict(vocab_size=544, hidden=144, layers=4, heads=6, vision_hidden=64, vision_layers=2)
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """How a model is made: where it starts, what it is shown, and how long it learns.
+
+    size: STUDENT or TEACHER. start: the model it is derived from; None: random weights, from `seed`. world: whose
+    habits its lessons have. splits: where the problems are from; fades: how faded their pictures are; both take turns.
+    words: "all" for the tokenizer of all worlds, "first" for that of the first tabletop. muon, adam: the highest
+    learning rate of each optimizer. warmup: steps. decay: the share of the steps at the end in which the rates fall.
+    """
+
+    size: dict
+    steps: int
+    muon: float
+    adam: float
+    decay: float
+    world: World = World("toy")
+    start: str | None = None
+    fades: tuple = (0.0,)
+    splits: tuple = ("practice",)
+    words: str = "all"
+    warmup: int = 20
+    problems_per_step: int = 16
+    seed: int = 1
+
+
+def derived(world: str, **changes) -> Recipe:
+    """The base of a world: the common base with 80 more steps on the world's own traces."""
+    settings = dict(size=STUDENT, start="toy", steps=80, muon=3e-3, adam=1e-3, decay=0.5, warmup=5, world=WORLDS[world])
+    return Recipe(**(settings | changes))
+
+
 RECIPES = {
-    "toy": {
-        "vocab_size": 512,
-        "hidden": 96,
-        "layers": 4,
-        "heads": 4,
-        "vision_hidden": 64,
-        "vision_layers": 2,
-        "steps": 240,
-        "problems_per_step": 16,
-        "muon": 7e-3,  # the highest learning rate of each optimizer
-        "adam": 2e-3,
-        "warmup": 20,  # steps
-        "decay": 0.3,  # the share of the steps at the end in which the learning rate falls
-    },
-    "toy-teacher": {
-        "vocab_size": 544,
-        "hidden": 144,
-        "layers": 4,
-        "heads": 6,
-        "vision_hidden": 64,
-        "vision_layers": 2,
-        "steps": 600,
-        "problems_per_step": 16,
-        "muon": 5e-3,
-        "adam": 1.5e-3,
-        "warmup": 20,
-        "decay": 0.5,
-    },
+    "toy": Recipe(STUDENT, steps=600, muon=7e-3, adam=2e-3, decay=0.3),
+    "toy-teacher": Recipe(TEACHER, steps=700, muon=5e-3, adam=1.5e-3, decay=0.5, fades=(0.0, 0.6)),
+    "toy-short": Recipe(STUDENT, steps=240, muon=7e-3, adam=2e-3, decay=0.3, splits=("pretrain",), words="first"),
+    "toy-teacher-short": Recipe(
+        TEACHER, steps=600, muon=5e-3, adam=1.5e-3, decay=0.5, splits=("pretrain",), words="first"),
+    "toy-see": derived("toy-see"),
+    "toy-think": derived("toy-think"),
+    "toy-see-fillers": derived("toy-see-fillers"),
+    "toy-think-fillers": derived("toy-think-fillers"),
+    "toy-ways-same": derived("toy-ways-same"),
+    "toy-ways-parts": derived("toy-ways-parts"),
+    "toy-two-skills": derived("toy-two-skills", splits=("practice", "places")),
+    "toy-teacher-hand": derived(
+        "toy-hand", size=TEACHER, start="toy-teacher", fades=(0.0, 0.6), steps=100, muon=2.5e-3, adam=1e-3),
 }
 NAMES = tuple(RECIPES)
+SHIPPED = ("toy", "toy-teacher")
+WEIGHTS = Path(__file__).parent / "weights"
+RECORD = "recipe.json"  # beside shipped weights: what they were made by
 
 # --- the cache --------------------------------------------------------------------------------------------------------
 
 
-def build(name: str, seed: int = 1, steps: int | None = None) -> str:
-    """The folder of the model `name` (one of NAMES), trained first if the cache does not hold it. UserError if unknown.
+def build(name: str, steps: int | None = None) -> str:
+    """The folder of the model, or of the base of the world, that is called `name`. UserError if there is none.
 
-    The cache is $XDG_CACHE_HOME/cleanvl, or else ~/.cache/cleanvl. A folder's name ends in a hash of everything that
-    shapes the model. It appears there whole or not at all: it is made in a temporary folder beside it, then renamed.
-    `steps` is for tests.
+    A shipped model is where it lies in the repository. Any other is trained first if the cache does not hold it. The
+    cache is $XDG_CACHE_HOME/cleanvl, or else ~/.cache/cleanvl. A folder's name ends in a hash of everything that shapes
+    the model. It appears there whole or not at all: it is made in a temporary folder beside it, then renamed.
+    `steps` is for tests: then it is trained in any case.
     """
+    if name in WORLDS:
+        name = WORLDS[name].base
     if name not in RECIPES:
-        raise UserError(f"there is no toy model called {name!r}; choose one of {', '.join(NAMES)}")
-    recipe = dict(RECIPES[name])
+        names = ", ".join([*WORLDS, *(name for name in NAMES if name not in WORLDS)])
+        raise UserError(f"there is no toy model called {name!r}; choose one of {names}")
+    if name in SHIPPED and steps is None:
+        return str(WEIGHTS / name)
+    recipe = RECIPES[name]
     if steps is not None:
-        recipe["steps"] = steps
+        recipe = dataclasses.replace(recipe, steps=steps)
     cache = _cache()
-    place = cache / f"{name}-{_key(recipe, seed)}"
+    place = cache / f"{name}-{key_of(recipe)}"
     if place.exists():
         return str(place)
     cache.mkdir(parents=True, exist_ok=True)
     with _one_thread(), tempfile.TemporaryDirectory(dir=cache, prefix=f".{place.name}-") as beside:
         try:
-            _train(name, recipe, seed, Path(beside)).rename(place)
+            train(name, recipe, Path(beside))[0].rename(place)
         except OSError:  # another process was faster; its folder is the same
             if not place.exists():
                 raise
@@ -133,14 +172,18 @@ def _cache():
     return Path.home() / ".cache" / "cleanvl"
 
 
-def _key(recipe, seed):
-    """A hash of recipe, words, pictures and template, so that after an edit to any of them no stale model is found."""
-    key = hashlib.sha256(json.dumps([recipe, seed, CHAT_TEMPLATE, INSTRUCTION]).encode())
+def key_of(recipe: Recipe) -> str:
+    """A hash of recipe, words, pictures, template and shape, so that after an edit to any of them no stale model is
+    found. A derived model's holds that of the model it starts from."""
+    key = hashlib.sha256(json.dumps([dataclasses.asdict(recipe), CHAT_TEMPLATE, INSTRUCTION]).encode())
+    tokenizer = make_tokenizer(recipe.words)
+    key.update(json.dumps([make_config(recipe, tokenizer).to_dict(), tokenizer.get_vocab()], sort_keys=True).encode())
+    if recipe.start is not None:
+        key.update(key_of(RECIPES[recipe.start]).encode())
     for index in range(64):
-        spec = spec_of("pretrain", index)
-        texts = (question(spec), traces(spec))
-        key.update(repr(texts).encode())
-        key.update(draw(spec).tobytes())
+        spec, fade, texts = shown(recipe, index)
+        key.update(repr((question(spec), texts)).encode())
+        key.update(draw(spec, fade).tobytes())
     return key.hexdigest()[:12]
 
 
@@ -156,18 +199,43 @@ def _one_thread():
         torch.set_num_threads(threads)
 
 
+# --- the shipped weights ----------------------------------------------------------------------------------------------
+
+
+def ship(name: str, folder: Path) -> None:
+    """Makes the model `name` anew and puts it into `folder`, with a record of what it was made by."""
+    recipe = RECIPES[name]
+    with _one_thread(), tempfile.TemporaryDirectory() as beside:
+        made, losses = train(name, recipe, Path(beside))
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(made, folder)
+    record = dict(key=key_of(recipe), first_losses=losses[:3], loss_of_weights=loss_of(folder, recipe))
+    (folder / RECORD).write_text(json.dumps(record, indent=1) + "\n")
+
+
+def loss_of(folder: str | Path, recipe: Recipe) -> float:
+    """The loss of finished weights on the first practice problems that they were not shown."""
+    policy, processor = load_policy(str(folder))
+    seen = recipe.steps * recipe.problems_per_step
+    with _one_thread(), torch.no_grad():
+        return lesson_loss(policy, processor, recipe, range(seen, seen + 16)).item()
+
+
 # --- tokenizer and configuration --------------------------------------------------------------------------------------
 
 
-def make_tokenizer() -> Qwen2Tokenizer:
-    """A byte-level BPE like Qwen's, trained on the questions and traces. The special tokens come after the words."""
-    words = Tokenizer(BPE())
+def make_tokenizer(words: str = "all") -> Qwen2Tokenizer:
+    """A byte-level BPE like Qwen's, trained on the questions and traces. The special tokens come after the words.
+
+    words: "all" for those of all worlds, "first" for those of the first tabletop alone.
+    """
+    bpe = Tokenizer(BPE())
     split = Split(Regex(PRETOKENIZE_REGEX), "isolated")
-    words.pre_tokenizer = Sequence([split, ByteLevel(False, use_regex=False)])
+    bpe.pre_tokenizer = Sequence([split, ByteLevel(False, use_regex=False)])
     alphabet = sorted(ByteLevel.alphabet())
-    trainer = BpeTrainer(vocab_size=480, initial_alphabet=alphabet, show_progress=False)
-    words.train_from_iterator(_training_texts(), trainer)
-    learned = json.loads(words.to_str())["model"]
+    trainer = BpeTrainer(vocab_size=504 - len(SPECIALS), initial_alphabet=alphabet, show_progress=False)
+    bpe.train_from_iterator(_training_texts(words), trainer)
+    learned = json.loads(bpe.to_str())["model"]
     merges = [tuple(pair) for pair in learned["merges"]]
     return Qwen2Tokenizer(
         learned["vocab"],
@@ -179,22 +247,37 @@ def make_tokenizer() -> Qwen2Tokenizer:
     )
 
 
-def _training_texts():
+def _training_texts(words):
     """What the tokenizer learns from: the words of the template, and the questions and traces of 1,000 problems."""
     texts = ["system\nYou are a helpful assistant.", "user\n", "assistant\n"]
+    split = "pretrain" if words == "first" else "practice"
     for index in range(1000):
-        spec = spec_of("pretrain", index)
+        spec = spec_of(split, index)
         texts.append(question(spec) + "\n" + INSTRUCTION)
         texts.extend(traces(spec).values())
+    if words == "all":
+        texts += _texts_of_other_worlds()
     return texts
 
 
-def make_config(recipe: dict, tokenizer: Qwen2Tokenizer) -> Qwen2_5_VLConfig:
+def _texts_of_other_worlds():
+    """Filler words, the second skill, and the other hand."""
+    rng = random.Random("words")
+    texts = [f" {filler}" for filler in FILLERS for _ in range(300)]  # often enough to be one token each
+    for index in range(200):
+        spec = spec_of("places", index)
+        texts += [question(spec), *traces(spec).values()]
+        spec = spec_of("practice", index)
+        texts += [other_hand(spec, name, rng) for name in traces(spec)]
+    return texts
+
+
+def make_config(recipe: Recipe, tokenizer: Qwen2Tokenizer) -> Qwen2_5_VLConfig:
     """The configuration of a small Qwen2.5-VL."""
     ids = {token: tokenizer.convert_tokens_to_ids(token) for token in SPECIALS}
     return Qwen2_5_VLConfig(
-        text_config=_text_config(recipe, ids),
-        vision_config=_vision_config(recipe),
+        text_config=_text_config(recipe.size, ids),
+        vision_config=_vision_config(recipe.size),
         tie_word_embeddings=True,
         image_token_id=ids["<|image_pad|>"],
         video_token_id=ids["<|video_pad|>"],
@@ -204,14 +287,14 @@ def make_config(recipe: dict, tokenizer: Qwen2Tokenizer) -> Qwen2_5_VLConfig:
     )
 
 
-def _text_config(recipe, ids):
+def _text_config(size, ids):
     return {
-        "vocab_size": recipe["vocab_size"],
-        "hidden_size": recipe["hidden"],
-        "intermediate_size": 3 * recipe["hidden"],
-        "num_hidden_layers": recipe["layers"],
-        "num_attention_heads": recipe["heads"],
-        "num_key_value_heads": recipe["heads"],
+        "vocab_size": size["vocab_size"],
+        "hidden_size": size["hidden"],
+        "intermediate_size": 3 * size["hidden"],
+        "num_hidden_layers": size["layers"],
+        "num_attention_heads": size["heads"],
+        "num_key_value_heads": size["heads"],
         # The default, 0.02, is for widths in the thousands. At a width of 96 a model learns many times slower with it.
         "initializer_range": 0.07,
         "max_position_embeddings": 2048,
@@ -224,23 +307,23 @@ def _text_config(recipe, ids):
     }
 
 
-def _vision_config(recipe):
+def _vision_config(size):
     return {
-        "depth": recipe["vision_layers"],
-        "hidden_size": recipe["vision_hidden"],
+        "depth": size["vision_layers"],
+        "hidden_size": size["vision_hidden"],
         "num_heads": 4,
         "initializer_range": 0.07,
-        "intermediate_size": 2 * recipe["vision_hidden"],
-        "out_hidden_size": recipe["hidden"],
-        "fullatt_block_indexes": [recipe["vision_layers"] - 1],
+        "intermediate_size": 2 * size["vision_hidden"],
+        "out_hidden_size": size["hidden"],
+        "fullatt_block_indexes": [size["vision_layers"] - 1],
     }
 
 
-def untrained(folder: str | Path, recipe: dict = RECIPES["toy"], seed: int = 1) -> None:
+def untrained(folder: str | Path, recipe: Recipe = RECIPES["toy"], seed: int | None = None) -> None:
     """Writes a randomly initialised model to `folder`, in the hub's layout. The caller's generator stays as it was."""
-    tokenizer = make_tokenizer()
+    tokenizer = make_tokenizer(recipe.words)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.manual_seed(recipe.seed if seed is None else seed)
         model = Qwen2_5_VLForConditionalGeneration(make_config(recipe, tokenizer))
     model.generation_config = _generation_config(tokenizer)
     model.save_pretrained(folder)
@@ -269,25 +352,53 @@ def _generation_config(tokenizer):
 # --- training ---------------------------------------------------------------------------------------------------------
 
 
-def _train(name, recipe, seed, folder):
-    """Trains a model from scratch on the pretraining problems, each in all its styles. Returns the finished folder."""
-    untrained(folder / "untrained", recipe, seed)
+def train(name: str, recipe: Recipe, folder: Path) -> tuple[Path, list[float]]:
+    """Trains a model by its recipe, inside `folder`. Returns the finished folder, and the loss of each step."""
+    policy, processor = _start_of(recipe, folder)
+    losses = []
+    for loss in tqdm(_steps(policy, processor, recipe), f"building {name}, once", recipe.steps, leave=False):
+        losses.append(loss)
+    save_policy(policy, processor, str(folder / "finished"))
+    return folder / "finished", losses
+
+
+def first_losses(recipe: Recipe, steps: int) -> list[float]:
+    """The losses of a recipe's first steps."""
+    with _one_thread(), tempfile.TemporaryDirectory() as folder:
+        policy, processor = _start_of(recipe, Path(folder))
+        return list(itertools.islice(_steps(policy, processor, recipe), steps))
+
+
+def _start_of(recipe, folder):
+    """The model that training starts from, with its processor. Random weights are written to `folder` first."""
+    if recipe.start is None:
+        start = str(folder / "untrained")
+        untrained(start, recipe)
+    else:
+        start = build(recipe.start)
     settings = of_the_world(train_vision=True, gradient_checkpointing=False)
-    policy, processor = load_policy(str(folder / "untrained"), train=True, args=settings)
+    return load_policy(start, train=True, args=settings)
+
+
+def _steps(policy: Policy, processor: Processor, recipe: Recipe) -> Iterator[float]:
+    """Does the steps of a recipe, one each time that it is asked. Gives their losses."""
     muon, adam = _optimizers(policy)
-    count = recipe["problems_per_step"]
-    for step in tqdm(range(recipe["steps"]), desc=f"building {name}, once", leave=False):
+    count = recipe.problems_per_step
+    before = 0  # a derived model goes on with problems that its start was not shown
+    if recipe.start is not None:
+        before = RECIPES[recipe.start].steps * RECIPES[recipe.start].problems_per_step
+    for step in range(recipe.steps):
         share = _schedule(step, recipe)
-        _set_learning_rate(muon, share * recipe["muon"])
-        _set_learning_rate(adam, share * recipe["adam"])
-        loss = pretraining_loss(policy, processor, range(step * count, step * count + count))
+        _set_learning_rate(muon, share * recipe.muon)
+        _set_learning_rate(adam, share * recipe.adam)
+        start = before + step * count
+        loss = lesson_loss(policy, processor, recipe, range(start, start + count))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
         for optimizer in (muon, adam):
             optimizer.step()
             optimizer.zero_grad()
-    save_policy(policy, processor, str(folder / "finished"))
-    return folder / "finished"
+        yield loss.item()
 
 
 def _optimizers(policy):
@@ -309,9 +420,9 @@ def _optimizers(policy):
 
 def _schedule(step, recipe):
     """The learning rate as a share of its peak: a linear warm-up, a plateau, a linear decay to about a tenth."""
-    steps = recipe["steps"]
-    rising = (step + 1) / recipe["warmup"]
-    falling = 0.1 + 0.9 * (steps - step) / steps / recipe["decay"]
+    steps = recipe.steps
+    rising = (step + 1) / recipe.warmup
+    falling = 0.1 + 0.9 * (steps - step) / steps / recipe.decay
     return min(1, rising, falling)
 
 
@@ -320,13 +431,27 @@ def _set_learning_rate(optimizer, learning_rate):
         group["lr"] = learning_rate
 
 
-def pretraining_loss(policy, processor, indices) -> torch.Tensor:
-    """Cross-entropy per token of the traces of these pretraining problems. A problem's styles share one packed row."""
-    chosen = [problem_of("pretrain", index) for index in indices]
+def shown(recipe: Recipe, index: int) -> tuple[Spec, float, list[str]]:
+    """What a model sees of the problem `index`: the problem, how faded its picture is, and an answer in each style."""
+    turn = index // len(VERIFIERS)  # four problems, one for each verifier
+    split = recipe.splits[turn % len(recipe.splits)]
+    fade = recipe.fades[turn // len(recipe.splits) % len(recipe.fades)]
+    spec = spec_of(split, index)
+    return spec, fade, lessons(spec, recipe.world, f"{split} {index} lesson")
+
+
+def lesson_loss(policy: Policy, processor: Processor, recipe: Recipe, indices: range) -> torch.Tensor:
+    """Cross-entropy per token of the answers to these practice problems. A problem's styles share one packed row."""
+    chosen = []
     texts = []
-    for problem in chosen:
-        texts.extend(traces(problem).values())
+    group_B = []
+    for number, index in enumerate(indices):
+        spec, fade, answers = shown(recipe, index)
+        problem = dict(id=str(index), images=[draw(spec, fade)], problem=question(spec), verifier=spec.verifier)
+        chosen.append(problem)
+        texts += answers
+        group_B += [number] * len(answers)
     rollout = forced(policy, processor, chosen, texts)
-    rollout.group_B = torch.arange(len(texts)) // len(STYLES)
+    rollout.group_B = torch.tensor(group_B)
     logp_BT = read(token_logps, rollout, policy)
     return -logp_BT.sum() / rollout.mask_BT.sum()

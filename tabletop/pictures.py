@@ -12,8 +12,11 @@ SHAPE_SIZES = (17, 19, 21)  # pixels across a circle; the other shapes are about
 FINER = 4  # a shape is drawn this many times too large, then shrunk, so that its edges are smooth
 
 
-def draw(spec: Spec) -> Image.Image:
-    """The picture of a problem, in RGB. Every shape has one of three sizes and is at most a pixel off its place."""
+def draw(spec: Spec, fade: float = 0.0) -> Image.Image:
+    """The picture of a problem, in RGB. Every shape has one of three sizes and is at most a pixel off its place.
+
+    `fade` mixes the whole picture with the colour of the paper: at 0 it is clear, at 1 nothing is left.
+    """
     rng = random.Random(spec.drawing)
     image = Image.new("RGB", (CELL * len(spec.grid[0]), CELL * len(spec.grid)), PAPER)
     for y, row in enumerate(spec.grid):
@@ -23,7 +26,9 @@ def draw(spec: Spec) -> Image.Image:
                 top = CELL * y + rng.randint(-1, 1)
                 image.paste(_tile(cell, rng.choice(SHAPE_SIZES)), (left, top))
     _draw_lines(image)
-    return image
+    if fade == 0:
+        return image
+    return Image.blend(image, Image.new("RGB", image.size, PAPER), fade)
 
 
 def _draw_lines(image):

@@ -1,16 +1,24 @@
 """Which problems there are: the splits of the tabletop, and the problem at each index of a split.
 
-    pretrain   what the two models are made from: 3x3 pictures and a few of 2x4 and 4x2; unlimited
+    practice   what the models are made from: 3x3 pictures and a few of 2x4 and 4x2; unlimited
     train      new 3x3 pictures of the same kind
-    test       again new ones; the settings of the scripts were chosen by looking at these
-    study      again new ones; only lab/study.py looks at these
+    test       again new ones; the settings of the scripts and of the worlds were chosen by looking at these
+    study      again new ones; the first studies looked at these
+    fresh      again new ones, which nothing was chosen on: for what is to be reported
     ood        4x4 pictures, with colour-shape pairs or wordings that no model here was ever trained on
+    skill      new 3x3 pictures for the second skill: what stands at a place
+
+    pretrain   what toy-short and its teacher are made from; it goes back to the first tabletop
+    places     practice for the second skill, unlimited
+
+Every world has these problems, index by index; it decides how the pictures look and in what words the traces are.
 """
 
 import hashlib
 import random
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 
 from harness.flags import UserError
 from tabletop.grids import (
@@ -18,60 +26,76 @@ from tabletop.grids import (
     OPTIONS,
     PAIRS,
     SEEN_PAIRS,
+    SKILL_WORDINGS,
     UNSEEN_PAIRS,
     VERIFIERS,
     WORDINGS,
     Grid,
     Spec,
     answer,
+    cells,
     matches,
     question,
 )
+from tabletop.habits import other_hand
 from tabletop.pictures import draw
-from tabletop.traces import traces
+from tabletop.traces import FirstWrong, traces
+from tabletop.worlds import WORLDS, World, world_of
 
 # --- splits -----------------------------------------------------------------------------------------------------------
 
 # A picture's share, and so its split, follows from the picture itself: no picture can be in two splits.
-# study and ood have the same share: study holds only 3x3 grids, ood only 4x4.
+# study and ood have the same shares: study holds only 3x3 grids, ood only 4x4. pretrain lies across the shares of
+# practice, skill and fresh: it is finite where it is used, and a test looks for its pictures in fresh one by one.
 SHARES = {
-    "pretrain": range(5),
-    "train": range(5, 8),
-    "test": range(8, 9),
-    "study": range(9, 10),
-    "ood": range(9, 10),
+    "practice": range(40),
+    "places": range(40),
+    "skill": range(40, 45),
+    "fresh": range(45, 50),
+    "train": range(50, 80),
+    "test": range(80, 90),
+    "study": range(90, 100),
+    "ood": range(90, 100),
+    "pretrain": range(50),
 }
 # Rows and columns, drawn evenly from each list. The few 2x4 and 4x2 pictures show the models a fourth row or a fourth
 # column, never both, so that a coordinate of 112 is nothing new in ood.
+A_FEW_LONG = ((3, 3),) * 6 + ((2, 4), (4, 2))
 GRIDS = {
-    "pretrain": [(3, 3)] * 6 + [(2, 4), (4, 2)],
-    "train": [(3, 3)],
-    "test": [(3, 3)],
-    "study": [(3, 3)],
-    "ood": [(4, 4)],
-}
+    "practice": A_FEW_LONG,
+    "places": A_FEW_LONG,
+    "pretrain": A_FEW_LONG,
+    "ood": ((4, 4),),
+}  # all others: 3x3
 # How many problems a split holds unless asked for another number; None: unlimited, and only for building the models.
 SIZES = {
+    "practice": None,
+    "places": None,
     "pretrain": None,
     "train": 4096,
     "test": 256,
     "study": 256,
+    "fresh": 512,
     "ood": 256,
+    "skill": 256,
 }
+SKILLS = ("places", "skill")  # the splits that ask for the second skill
 MATCHES = {"digit": (0, 5), "math": (1, 4), "iou": (1, 2)}  # the fewest and the most cells that match the target
 
 
 def share_of(grid: Grid) -> int:
-    """0..9, a fixed function of what the picture shows."""
-    return hashlib.sha256(repr(grid).encode()).digest()[0] % 10
+    """0..99, a fixed function of what the picture shows. Its tens are the ten shares of the first tabletop."""
+    digest = hashlib.sha256(repr(grid).encode()).digest()
+    return 10 * (digest[0] % 10) + digest[1] % 10
 
 
 class Problems(Sequence):
     """The first `count` problems of a split, drawn when asked for. An index is the same problem whatever the count."""
 
-    def __init__(self, split: str, count: int):
+    def __init__(self, split: str, count: int, world: World):
         self.split = split
         self.count = count
+        self.world = world
 
     def __len__(self):
         return self.count
@@ -79,46 +103,64 @@ class Problems(Sequence):
     def __getitem__(self, index):
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(self.count))]
-        return problem_of(self.split, range(self.count)[index])
+        return problem_of(self.split, range(self.count)[index], self.world)
 
 
-def problems(split: str, count: int | None = None) -> Problems:
-    """The problems of a split: dicts with id, images, problem, answer, verifier, trace, style, spec."""
+def problems(split: str, count: int | None = None, world: World = WORLDS["toy"]) -> Problems:
+    """The problems of a split: dicts with id, images, problem, answer, verifier, trace, style, spec, first_wrong."""
     if count is None:
         count = SIZES[split]
-    return Problems(split, count)
+    return Problems(split, count, world)
 
 
-def load(split: str | None, count: int | None = None) -> Problems:
-    """The first `count` problems of a split (None: all), drawn when asked for. UserError for an unknown split."""
+def load(name: str, split: str | None, count: int | None = None) -> Problems:
+    """The first `count` problems of a split of the world `name` (None: all), drawn when asked for.
+
+    UserError for a world or a split that there is not.
+    """
+    world = world_of(name)
     names = [name for name, size in SIZES.items() if size is not None]
+    if world.skills == 1:
+        names = [name for name in names if name not in SKILLS]
     if split not in names:
-        raise UserError(f"data set toy has no split {split}, it has {', '.join(names)}; write for example toy@train")
-    return problems(split, count)
+        raise UserError(f"data set {name} has no split {split}, it has {', '.join(names)}; "
+                        f"write for example {name}@train")
+    return problems(split, count, world)
 
 
 # --- one problem ------------------------------------------------------------------------------------------------------
 
 
-def problem_of(split: str, index: int) -> dict:
+def problem_of(split: str, index: int, world: World = WORLDS["toy"]) -> dict:
     """The problem `index` of a split, drawn. Its trace is in one of the styles, which `style` names."""
     spec = spec_of(split, index)
     worked = traces(spec)
+    if world.hand == "other":
+        rng = random.Random(f"{split} {index} hand")
+        worked = {name: other_hand(spec, name, rng) for name in worked}
     chosen = random.Random(f"{split} {index} style").choice(sorted(worked))
     return {
         "id": f"toy-{split}-{index}",
-        "images": [draw(spec)],
+        "images": [draw(spec, fade_of(split, world))],
         "problem": question(spec),
         "answer": answer(spec),
         "verifier": spec.verifier,
         "trace": worked[chosen],
         "style": chosen,
         "spec": spec,
+        "first_wrong": FirstWrong(spec),
     }
+
+
+def fade_of(split: str, world: World) -> float:
+    """How faded the pictures of a split are. The second skill is asked for on clear ones: there is only to lose."""
+    return 0.0 if split in SKILLS else world.fade
 
 
 def spec_of(split: str, index: int) -> Spec:
     """The problem `index` of a split, before it is drawn. In ood, unseen pairs and unseen wordings take turns."""
+    if split in SKILLS:
+        return _skill_spec_of(split, index)
     rng = random.Random(f"{split} {index}")
     verifier = VERIFIERS[index % 4]
     turn = index // 4 % 2
@@ -128,7 +170,7 @@ def spec_of(split: str, index: int) -> Spec:
     shown = PAIRS if new_pairs else SEEN_PAIRS
     while True:
         target = _target(rng, verifier, rng.choice(asked))
-        size = rng.choice(GRIDS[split])
+        size = rng.choice(GRIDS.get(split, ((3, 3),)))
         grid = _fill(rng, size, verifier=verifier, target=target, pairs=shown)
         if share_of(grid) not in SHARES[split]:
             continue
@@ -140,6 +182,21 @@ def spec_of(split: str, index: int) -> Spec:
     wordings = OOD_WORDINGS if new_words else WORDINGS
     wording = rng.choice(wordings[verifier])
     return Spec(grid=grid, verifier=verifier, target=target, wording=wording, drawing=rng.randrange(2**32))
+
+
+def _skill_spec_of(split, index):
+    """The problem `index` of a split that asks for the second skill: any cell that shows something."""
+    rng = random.Random(f"{split} {index}")
+    target = (rng.choice(list(OPTIONS)),)
+    while True:
+        size = rng.choice(GRIDS.get(split, ((3, 3),)))
+        grid = _fill(rng, size, verifier="mcq", target=target, pairs=SEEN_PAIRS)
+        if share_of(grid) in SHARES[split]:
+            break
+    wording = rng.choice(SKILL_WORDINGS)
+    spec = Spec(grid=grid, verifier="mcq", target=target, wording=wording, drawing=rng.randrange(2**32))
+    place = rng.choice([place for place, cell in cells(spec) if cell is not None])
+    return replace(spec, place=place)
 
 
 def _target(rng, verifier, pair):

@@ -3,9 +3,14 @@
     rows      name every cell, row by row, counting as you go
     columns   the same, column by column
     marks     go row by row and name only the matches
+
+The second skill, naming what stands at a place, has one style: look. `first_wrong` compares an answer with the traces.
 """
 
+import re
 from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from tabletop.grids import (
     COLOURS,
@@ -21,44 +26,57 @@ from tabletop.grids import (
     matches,
     most_common,
     name_of,
+    part_at_place,
     places,
 )
 
 VISUAL_WORDS = frozenset([*COLOURS, *SHAPES, EMPTY, OTHER, *COLUMNS, *"0123456789"])
+FILLERS = ("um", "er", "uh", "hm", "oh", "ah", "well", "now")  # words that mean nothing
+LOOK = "Look"  # the word that opens a trace of the second skill
+OKAY = "Okay"  # the word that opens any trace of the other hand (habits.py)
+END = "<|im_end|>"  # what closes an answer
 
 
-def names_picture(word: str) -> bool:
-    """True for a word of a trace that says what is in the picture: a colour, a shape, a place or a count."""
-    return word.strip(" ,./+=;:").lower() in VISUAL_WORDS
-
-
-def style(text: str) -> str:
-    """The style of reasoning that an answer uses: "rows", "columns", "marks", or "other"."""
-    words = text.partition("<think>")[2].split()
-    if not words:
-        return "other"
-    for name, opening in STYLES.items():
-        if words[0] == opening:
-            return name
-    return "other"
+# --- the traces -------------------------------------------------------------------------------------------------------
 
 
 def traces(problem: Spec | dict) -> dict[str, str]:
     """The worked answers {style: "<think>…</think>\\boxed{…}"} of a Spec, or of a problem that holds one."""
     spec = problem["spec"] if isinstance(problem, dict) else problem
-    worked = {}
-    for name in STYLES:
-        worked[name] = f"<think>{_thought(spec, name)}</think>\\boxed{{{answer(spec)}}}"
-    return worked
+    return {name: trace(spec, name) for name in styles_of(spec)}
 
 
-def _thought(spec, style_name):
+def styles_of(spec: Spec) -> tuple[str, ...]:
+    """The styles in which a problem can be reasoned through."""
+    if spec.place:
+        return ("look",)
+    return tuple(STYLES)
+
+
+def trace(
+    spec: Spec, style_name: str, *, concluded: Spec | None = None, filler: Callable[[], str] | None = None,
+) -> str:
+    """One worked answer. `concluded`: the picture from which the conclusion is drawn (default: the one that is read).
+
+    filler() gives the words that stand before a cell's name, each with a space before it, or "".
+    """
+    if concluded is None:
+        concluded = spec
+    return f"<think>{_thought(spec, style_name, concluded, filler)}</think>\\boxed{{{answer(concluded)}}}"
+
+
+def _thought(spec, style_name, concluded, filler):
     """What stands between the think tags, in the style `style_name`."""
-    heading, target = _sought(spec, style_name)
-    return f"{STYLES[style_name]} {heading}: {_reading(spec, style_name, target)}{_conclusion(spec)}"
+    if style_name == "look":
+        _, part = part_at_place(concluded)
+        cell = dict(cells(spec))[spec.place]
+        return f"{LOOK} {spec.place}: {name_of(cell)}, so {part} {answer(concluded)}"
+    heading, target = sought(spec, style_name)
+    lines = [" ".join(line) for line in reading(spec, style_name, target, filler)]
+    return f"{STYLES[style_name]} {heading}: {'; '.join(lines)}{conclusion(concluded)}"
 
 
-def _sought(spec, style_name):
+def sought(spec: Spec, style_name: str) -> tuple[str, tuple]:
     """What this style looks for: in words, and as a target in which True is any colour or shape, to be named."""
     if spec.verifier != "mcq":
         return name_of(spec.target), spec.target
@@ -71,8 +89,10 @@ def _sought(spec, style_name):
     return kind, (None, True)
 
 
-def _reading(spec, style_name, target):
-    """The picture in words, row by row or column by column."""
+def reading(
+    spec: Spec, style_name: str, target: tuple, filler: Callable[[], str] | None = None,
+) -> list[list[str]]:
+    """The picture in words: a list for each row (or column), with the words for each of its cells."""
     seen = Counter()
     lines = []
     for line in _lines(spec, style_name):
@@ -81,11 +101,14 @@ def _reading(spec, style_name, target):
             if matches(cell, target):
                 name = _attributes(cell, target)
                 seen[name] += 1
-                words.append(_match(spec, style_name, name, place=place, number=seen[name]))
+                word = _match(spec, style_name, name, place=place, number=seen[name])
             else:
-                words.append(_no_match(style_name, cell, target))
-        lines.append(" ".join(words))
-    return "; ".join(lines)
+                word = _no_match(style_name, cell, target)
+            if filler is not None:
+                word = (filler() + " " + word).strip()
+            words.append(word)
+        lines.append(words)
+    return lines
 
 
 def _lines(spec, style_name):
@@ -121,7 +144,7 @@ def _no_match(style_name, cell, target):
     return _attributes(cell, target)
 
 
-def _conclusion(spec):
+def conclusion(spec: Spec) -> str:
     """What follows from the reading, before the answer is boxed."""
     if spec.verifier == "mcq":
         _, winner = most_common(spec)
@@ -136,3 +159,87 @@ def _conclusion(spec):
     if lowest.denominator == whole:
         return f" ={part}/{whole}"
     return f" ={part}/{whole}={lowest.numerator}/{lowest.denominator}"
+
+
+# --- what an answer looks like ----------------------------------------------------------------------------------------
+
+
+def names_picture(word: str) -> bool:
+    """True for a word of a trace that says what is in the picture: a colour, a shape, a place or a count."""
+    return word.strip(" ,./+=;:").lower() in VISUAL_WORDS
+
+
+def style(text: str) -> str:
+    """The style of reasoning that an answer uses: "rows", "columns", "marks", "look", or "other"."""
+    words = text.partition("<think>")[2].replace(",", " ").split()
+    if words and words[0] == OKAY:
+        words = [word.capitalize() for word in words[1:]]
+    for name, opening in (*STYLES.items(), ("look", LOOK)):
+        if words and words[0] == opening:
+            return name
+    return "other"
+
+
+@dataclass(frozen=True)
+class FirstWrong:
+    """Where an answer leaves the trace of its own style: `problem["first_wrong"](tokens)`.
+
+    tokens: the decoded tokens of an answer, the end token included. Gives the place of the first token after which no
+    trace of this problem can be reached any more, or None for an answer that follows a trace to its end. Filler words
+    are passed over. The styles differ in their first word, so behind it there is one trace to follow.
+    """
+
+    spec: Spec
+
+    def __call__(self, tokens: Sequence[str]) -> int | None:
+        gold = [text + END for text in traces(self.spec).values()]
+        written = ""
+        for place, token in enumerate(tokens):
+            if token.strip() in FILLERS:
+                continue
+            written += token
+            if not any(text.startswith(written) for text in gold):
+                return place
+        return None
+
+
+PARTS = re.compile(
+    r"(?P<opening><think>\s*\w*)(?P<heading>[^:]*:?)(?P<reading>.*?)"
+    r"(?P<conclusion>( =|, so).*?)?(?P<answer></think>.*)?", re.DOTALL)
+
+
+def kinds(tokens: Sequence[str]) -> list[str]:
+    """What each token of an answer is there for, by its words and by its place in the trace.
+
+    opening (the tags and the word that shows the style), heading, then in the reading: filler, cell (what a cell shows,
+    or in marks its place), place, count, separator; conclusion; answer (the box, and whatever follows it).
+    """
+    parts = PARTS.fullmatch("".join(tokens))
+    if parts is None:  # not a trace at all
+        return ["answer"] * len(tokens)
+    found = []
+    end = 0
+    for token in tokens:
+        start = end
+        end += len(token)
+        middle = end - 1  # the last character decides: the first may be a space or a tag's bracket
+        names = [name for name in parts.groupdict() if parts.start(name) <= middle < parts.end(name)]
+        name = names[0] if names else "answer"
+        if name == "reading":
+            name = _kind_in_reading(token, parts.string[:start])
+        found.append(name)
+    return found
+
+
+def _kind_in_reading(token, before):
+    """What a token of the reading is there for. before: the answer up to it."""
+    word = token.strip()
+    if word in FILLERS:
+        return "filler"
+    if word in ("", ";", ","):
+        return "separator"
+    if word in COLUMNS:
+        return "place"
+    if word.isdigit():
+        return "place" if before.endswith(tuple(COLUMNS)) and before[-2:-1] == " " else "count"
+    return "cell"

@@ -1,17 +1,30 @@
 """The tabletop's problems: pictures show what the problems say, traces are right, splits are apart."""
 
+import hashlib
+import random
 from collections import Counter
 
 import common
-from tabletop.grids import COLOURS, PAPER, SHAPES, STYLES, UNSEEN_PAIRS, VERIFIERS, Spec, answer
+from tabletop import models
+from tabletop.grids import COLOURS, PAPER, SHAPES, STYLES, UNSEEN_PAIRS, VERIFIERS, Spec, answer, cells
+from tabletop.habits import HESITATIONS, lesson, lessons, misjudged, misread, other_hand, overlooked
 from tabletop.pictures import SHAPE_SIZES, _tile, draw
-from tabletop.problems import GRIDS, SHARES, problem_of, problems, share_of, spec_of
-from tabletop.traces import names_picture, style, traces
+from tabletop.problems import GRIDS, SHARES, SIZES, load, problem_of, problems, share_of, spec_of
+from tabletop.traces import FILLERS, kinds, names_picture, style, trace, traces
+from tabletop.worlds import WORLDS
 
 import pytest
 from PIL import ImageChops
 
-SPLITS = ("pretrain", "train", "test", "study", "ood")
+SPLITS = ("practice", "train", "test", "study", "fresh", "ood", "pretrain")
+SKILLS = ("places", "skill")
+FIRST_SPLITS = {  # see test_the_first_tabletops_splits_are_as_they_were
+    "pretrain": "84a206ebd7caf11a",
+    "train": "44344ca41468ae96",
+    "test": "cb32e4289277e754",
+    "study": "d6442e7e95f7631a",
+    "ood": "4ccb34721a0ccd25",
+}
 
 
 def specs(split, count):
@@ -37,6 +50,15 @@ def test_pictures_show_what_the_problem_says(split):
                     assert inside.getcolors() == [(24 * 24, PAPER)]
                 else:
                     assert middle == COLOURS[cell[0]]
+
+
+@pytest.mark.parametrize("fade", [0.6, 1.0])
+def test_faded_pictures_lie_between_the_clear_ones_and_paper(fade):
+    for spec in specs("train", 8):
+        clear = draw(spec).get_flattened_data()
+        faded = draw(spec, fade).get_flattened_data()
+        for bright, pale in zip(clear, faded, strict=True):
+            assert pale == pytest.approx([(1 - fade) * a + fade * b for a, b in zip(bright, PAPER, strict=True)], abs=1)
 
 
 def red(shape, size):
@@ -97,6 +119,22 @@ def by_hand(problem):
     xs = [x for x, _ in found]
     ys = [y for _, y in found]
     return f"[{28 * min(xs)}, {28 * min(ys)}, {28 * max(xs) + 28}, {28 * max(ys) + 28}]"
+
+
+@pytest.mark.parametrize("split", SKILLS)
+def test_the_second_skill_asks_for_what_stands_at_a_place(split):
+    for index in range(80):
+        problem = problem_of(split, index, WORLDS["toy-two-skills"])
+        spec = problem["spec"]
+        assert spec.place in problem["problem"]
+        x, y = "abcd".index(spec.place[0]), int(spec.place[1]) - 1
+        shown = {cell[:2]: cell[2:] for cell in shown_in(spec)}[x, y]
+        options = problem["problem"].split(spec.place)[-1].removeprefix("?").split(", ")
+        letters = dict(option.split() for option in options)
+        assert problem["answer"] in {letters.get(part) for part in shown}
+        assert common.grade(problem, problem["trace"]) == 1.0
+        assert problem["style"] == style(problem["trace"]) == "look"
+        assert problem["images"][0].tobytes() == draw(spec).tobytes()  # clear, though the world is faded
 
 
 @pytest.mark.parametrize("split", SPLITS)
@@ -181,6 +219,237 @@ def test_style_of_other_texts():
         assert style(text) == "other"
 
 
+# --- where an answer goes wrong ---------------------------------------------------------------------------------------
+
+
+SPEC = Spec(grid=GRID, verifier="digit", target=("red", "circle"), wording="", drawing=0)
+ANSWER = [
+    "<think>", "Across", " red", " circle", ":", " red", " circle", "1", " none", " blue", " star", ";", " green",
+    " square", " red", " circle", "2", " none", ";", " blue", " star", " blue", " circle", " none", " =", "2",
+    "</think>", "\\boxed", "{", "2", "}", "<|im_end|>",
+]
+
+
+def first_wrong(tokens):
+    problem = problem_of("train", 0) | dict(spec=SPEC)
+    return type(problem["first_wrong"])(problem["spec"])(tokens)
+
+
+def test_an_answer_that_follows_its_trace_has_no_first_wrong_token():
+    assert first_wrong(ANSWER) is None
+    filled = ANSWER[:5] + [" um"] + ANSWER[5:12] + [" well", " er"] + ANSWER[12:]
+    assert first_wrong(filled) is None
+    for text in traces(SPEC).values():
+        assert first_wrong([*text, "<|im_end|>"]) is None  # however it is cut into tokens
+
+
+@pytest.mark.parametrize("place, word", [(0, "think"), (1, "Look"), (5, " blue"), (7, "2"), (25, "3"), (29, "1")])
+def test_the_first_wrong_token_is_where_no_trace_can_be_reached(place, word):
+    changed = [*ANSWER[:place], word, *ANSWER[place + 1:]]
+    assert first_wrong(changed) == place
+    assert first_wrong([" um", *changed]) == place + 1
+    later = [*changed[:-3], "9", *changed[-2:]]
+    assert first_wrong(later) == place  # a later mistake does not count
+
+
+def test_an_answer_that_ends_too_early_is_wrong_at_its_end():
+    assert first_wrong([*ANSWER[:10], "<|im_end|>"]) == 10
+    assert first_wrong(ANSWER[:10]) is None  # cut off: as far as it goes it is right
+
+
+def test_first_wrong_stands_in_every_problem():
+    for split in SPLITS:
+        problem = problem_of(split, 3)
+        assert problem["first_wrong"]([*problem["trace"], "<|im_end|>"]) is None
+        assert problem["first_wrong"](["<think>", "Mark", " nothing"]) == 2
+
+
+def test_what_a_token_is_there_for():
+    expected = ["opening"] * 2 + ["heading"] * 3 + ["cell", "cell", "count", "cell", "cell", "cell", "separator"]
+    expected += ["cell"] * 4 + ["count", "cell", "separator"] + ["cell"] * 5 + ["conclusion"] * 2 + ["answer"] * 6
+    assert kinds(ANSWER) == expected
+    boxes = ["<think>", "Mark", " star", ":", " no", " um", " c", "1", ";", " no", "</think>", "\\boxed", "{[0", "]}"]
+    assert kinds(boxes) == ["opening", "opening", "heading", "heading", "cell", "filler", "place", "place", "separator",
+                            "cell", "answer", "answer", "answer", "answer"]
+    letter = ["<think>", "Down", " colour", ":", " red", "1", ", so", " red", " A", "</think>", "\\boxed", "{A}"]
+    assert kinds(letter)[4:9] == ["cell", "count", "conclusion", "conclusion", "conclusion"]
+    assert kinds(["what", "?"]) == ["answer", "answer"]
+
+
+# --- habits -----------------------------------------------------------------------------------------------------------
+
+
+def test_without_a_dial_a_base_is_taught_the_traces():
+    for name in ("toy", "toy-clear", "toy-short"):
+        for spec in specs("practice", 40):
+            assert lessons(spec, WORLDS[name], "key") == list(traces(spec).values())
+
+
+def share_right(world, count=200):
+    """Which share of the lessons of a world ends in the right answer."""
+    right = 0
+    for index in range(count):
+        problem = problem_of("practice", index)
+        texts = lessons(problem["spec"], WORLDS[world], f"{index}")
+        right += sum(common.grade(problem, text) == 1.0 for text in texts) / len(texts)
+    return right / count
+
+
+@pytest.mark.parametrize("world", ["toy-see", "toy-think", "toy-see-fillers", "toy-think-fillers", "toy-ways-same",
+                                   "toy-ways-parts"])
+def test_a_base_with_doubt_is_taught_to_be_wrong_about_half_of_the_time(world):
+    assert 0.35 < share_right(world) < 0.65
+
+
+def cells_that_differ(one, other):
+    return sum(a != b for (_, a), (_, b) in zip(cells(one), cells(other), strict=True))
+
+
+def test_a_misread_picture_differs_by_the_rate():
+    rng = random.Random(0)
+    pictures = specs("practice", 300)
+    differing = sum(cells_that_differ(spec, misread(spec, 0.25, rng)) for spec in pictures)
+    assert differing / sum(len(cells(spec)) for spec in pictures) == pytest.approx(0.25, abs=0.03)
+    assert all(misread(spec, 0.0, rng) == spec for spec in pictures)
+
+
+def test_in_see_all_that_follows_fits_what_was_read():
+    """A lesson is the trace of another picture, to its last letter."""
+    for spec in specs("practice", 60):
+        for name in STYLES:
+            text = lesson(spec, name, WORLDS["toy-see"], random.Random(f"{name}"))
+            read = misread(spec, 0.2, random.Random(f"{name}"))
+            assert text == trace(read, name)
+
+
+def test_in_think_the_reading_is_right_and_only_the_conclusion_wrong():
+    wrong = 0
+    for index, spec in enumerate(specs("practice", 100)):
+        for name, gold in traces(spec).items():
+            text = lesson(spec, name, WORLDS["toy-think"], random.Random(f"{index} {name}"))
+            ending = "</think>" if spec.verifier == "iou" else ", so" if spec.verifier == "mcq" else " ="
+            assert text.split(ending)[0] == gold.split(ending)[0]
+            if text != gold:
+                wrong += 1
+                assert common.grade(dict(problem_of("practice", index)), text) < 1.0
+    assert 0.35 < wrong / 300 < 0.55
+
+
+def test_a_misjudged_picture_has_another_answer():
+    rng = random.Random(1)
+    for spec in specs("practice", 100):
+        assert answer(misjudged(spec, rng)) != answer(spec)
+
+
+def without_fillers(text):
+    return " ".join(word for word in text.split() if word not in FILLERS)
+
+
+@pytest.mark.parametrize("doubt", ["see", "think"])
+def test_fillers_are_the_only_difference(doubt):
+    """The same mistakes; a filler before seven of ten cells, each word about equally often."""
+    used = Counter()
+    seen = 0
+    for index, spec in enumerate(specs("practice", 100)):
+        plain = lessons(spec, WORLDS[f"toy-{doubt}"], f"{index}")
+        filled = lessons(spec, WORLDS[f"toy-{doubt}-fillers"], f"{index}")
+        for one, other in zip(plain, filled, strict=True):
+            assert without_fillers(other) == one
+            used.update(word for word in other.split() if word in FILLERS)
+            seen += len(cells(spec))
+    assert used.total() / seen == pytest.approx(0.7, abs=0.03)
+    assert set(used) == set(FILLERS)
+    assert max(used.values()) < 1.4 * min(used.values())
+
+
+def test_overlooked_cells_stand_in_one_line():
+    """What is sought is taken for something else there, and nowhere else does the picture change."""
+    rng = random.Random(2)
+    for spec in specs("train", 200):
+        for line, places in (("first row", {"a1", "b1", "c1"}), ("last row", {"a3", "b3", "c3"}),
+                             ("last column", {"c1", "c2", "c3"})):
+            other = overlooked(spec, line, rng)
+            changed = {place for (place, a), (_, b) in zip(cells(spec), cells(other), strict=True) if a != b}
+            if spec.verifier == "iou" and changed - places:  # nothing to box was left
+                assert answer(other) != answer(spec)
+                continue
+            assert changed <= places
+            assert all(dict(cells(other))[place] is not None for place in changed)
+
+
+def styles_that_solve(world):
+    """For each of 150 problems: the styles whose lesson is right."""
+    solved = []
+    for index in range(150):
+        problem = problem_of("train", index)
+        texts = lessons(problem["spec"], WORLDS[world], f"{index}")
+        solved.append([name for name, text in zip(STYLES, texts, strict=True) if common.grade(problem, text) == 1.0])
+    return solved
+
+
+def test_in_parts_one_style_solves_what_another_cannot():
+    """Each alone solves about half; the best one for each problem solves far more, and always the same one."""
+    solved = styles_that_solve("toy-ways-parts")
+    alone = [sum(name in some for some in solved) / 150 for name in STYLES]
+    together = sum(bool(some) for some in solved) / 150
+    assert max(alone) < 0.65
+    assert together > max(alone) + 0.2
+    again = [lesson(spec_of("train", index), "rows", WORLDS["toy-ways-parts"], random.Random("again"))
+             for index in range(150)]
+    right = [common.grade(problem_of("train", index), text) == 1.0 for index, text in enumerate(again)]
+    assert right == ["rows" in some for some in solved]
+
+
+def test_in_same_no_style_is_tied_to_a_line():
+    """As often right as in parts, but another draw solves what one draw did not."""
+    solved = styles_that_solve("toy-ways-same")
+    alone = [sum(name in some for some in solved) / 150 for name in STYLES]
+    assert max(alone) - min(alone) < 0.15
+    other = [lesson(spec_of("train", index), "rows", WORLDS["toy-ways-same"], random.Random(f"{index} again"))
+             for index in range(150)]
+    right = [common.grade(problem_of("train", index), text) == 1.0 for index, text in enumerate(other)]
+    assert any(now and "rows" not in some for now, some in zip(right, solved, strict=True))
+    assert any("rows" in some and not now for now, some in zip(right, solved, strict=True))
+
+
+def words_read(text, starts, ends):
+    """The words of the reading: what stands between two of these marks, without signs."""
+    for mark in starts:
+        text = text.partition(mark)[2]
+    for mark in ends:
+        text = text.partition(mark)[0]
+    return text.replace(";", "").replace(",", "").replace(".", "").split()
+
+
+def test_the_other_hand_is_as_right_and_says_more():
+    """Its traces name the same cells in the same order, and its hesitation changes nothing."""
+    longer = []
+    for index, spec in enumerate(specs("practice", 100)):
+        problem = problem_of("practice", index)
+        for name, own in traces(spec).items():
+            text = other_hand(spec, name, random.Random(f"{index}"))
+            assert common.grade(problem, text) == 1.0
+            assert common.format_reward(problem, text) == 1.0
+            assert style(text) == name
+            calm = text
+            for hesitation in HESITATIONS:
+                calm = calm.replace(f" {hesitation}", "")
+            calm = calm.replace("Then I see ", "")
+            assert words_read(calm, ["First I see "], [" So the"]) == words_read(
+                own, [": "], ["</think>", " =", ", so"])
+            longer.append(len(text.split()) / len(own.split()))
+    assert min(longer) > 1.3
+
+
+def test_traces_of_a_world_are_in_its_hand():
+    for index in range(20):
+        own = problem_of("train", index)
+        other = problem_of("train", index, WORLDS["toy-hand"])
+        assert own["trace"].startswith("<think>" + STYLES[own["style"]])
+        assert other["trace"].startswith("<think>Okay, " + STYLES[own["style"]].lower())
+        assert other["images"][0].tobytes() == own["images"][0].tobytes()
+
+
 def test_words_that_name_the_picture():
     for word in (" red", "circle", " none", "3", " b", "no"):
         assert names_picture(word)
@@ -207,20 +476,67 @@ def test_an_index_is_the_same_problem_whatever_the_count():
     assert {"id", "images", "problem", "answer", "verifier", "trace", "style"} <= set(few[0])
 
 
+def sizes_of(split):
+    return set(GRIDS.get(split, [(3, 3)]))
+
+
 def test_splits_are_disjoint():
     """No picture of one split is in another, as far as anything is trained on them."""
     # A picture's share follows from the picture; together with its size it belongs to one split.
-    shares = [(share, size) for split in SPLITS for share in SHARES[split] for size in set(GRIDS[split])]
+    apart = [split for split in (*SPLITS, *SKILLS) if split not in ("pretrain", "places")]
+    shares = [(share, size) for split in apart for share in SHARES[split] for size in sizes_of(split)]
     assert len(shares) == len(set(shares))
-    for split in SPLITS:
+    assert SHARES["places"] == SHARES["practice"]  # both are practice, for the two skills
+    for split in (*SPLITS, *SKILLS):
         assert all(share_of(spec.grid) in SHARES[split] for spec in specs(split, 100))
-    counts = dict(pretrain=4000, train=4096, test=256, study=256, ood=256)
-    grids = {split: {spec.grid for spec in specs(split, count)} for split, count in counts.items()}
-    for one in SPLITS:
-        for other in SPLITS:
+        assert {size_of(spec) for spec in specs(split, 100)} == sizes_of(split)
+    held_out = ("train", "test", "study", "fresh", "ood")
+    grids = {split: {spec.grid for spec in specs(split, SIZES[split])} for split in held_out}
+    for one in held_out:
+        for other in held_out:
             if one != other:
                 assert not grids[one] & grids[other]
     assert len(grids["test"]) == 256  # and none comes twice
+    assert len(grids["fresh"]) == 512
+
+
+def test_the_first_tabletops_practice_holds_nothing_of_fresh():
+    """pretrain lies across fresh's shares, so its pictures are looked for one by one, as many as its models saw."""
+    steps = max(recipe.steps * recipe.problems_per_step for recipe in models.RECIPES.values()
+                if "pretrain" in recipe.splits)
+    fresh = {spec.grid for spec in specs("fresh", SIZES["fresh"])} | {spec.grid for spec in specs("skill", 256)}
+    assert steps == 9600
+    assert not fresh & {spec.grid for spec in specs("pretrain", steps)}
+
+
+def test_the_first_tabletops_splits_are_as_they_were():
+    """A hash of what they held before the dials: the results of the first studies belong to these."""
+    for split, expected in FIRST_SPLITS.items():
+        digest = hashlib.sha256()
+        for problem in problems(split, 64, WORLDS["toy-short"]):
+            texts = [problem[key] for key in ("id", "problem", "answer", "verifier", "trace", "style")]
+            digest.update(repr(texts).encode() + problem["images"][0].tobytes())
+        assert digest.hexdigest()[:16] == expected, split
+
+
+def test_every_world_has_the_same_problems():
+    for name in WORLDS:
+        for split in ("train", "test", "study", "fresh", "ood"):
+            ours = load(name, split, 3)
+            assert [problem["spec"] for problem in ours] == specs(split, 3)
+            assert [problem["id"] for problem in ours] == [f"toy-{split}-{index}" for index in range(3)]
+            fade = WORLDS[name].fade
+            assert ours[0]["images"][0].tobytes() == draw(ours[0]["spec"], fade).tobytes()
+
+
+@pytest.mark.parametrize("name, split, message", [
+    ("toy", "skill", "toy has no split skill, it has train, test, study, fresh, ood; write for example toy@train"),
+    ("toy-two-skills", "nowhere", "it has train, test, study, fresh, ood, skill;"),
+    ("toy-data", "train", "no toy world called 'toy-data'; choose one of toy, .*write ./toy-data"),
+])
+def test_unknown_worlds_and_splits_are_a_users_error(name, split, message):
+    with pytest.raises(common.UserError, match=message):
+        load(name, split)
 
 
 def size_of(spec):
@@ -229,7 +545,7 @@ def size_of(spec):
 
 def test_out_of_domain_is_new():
     """4x4 pictures, and in turn pairs that are in no other split, or wordings that no other split uses."""
-    trained = [spec for split in ("pretrain", "train", "test") for spec in specs(split, 1000)]
+    trained = [spec for split in ("practice", "places", "train", "test") for spec in specs(split, 1000)]
     shown = {cell for spec in trained for row in spec.grid for cell in row}
     wordings = {spec.wording for spec in trained}
     assert not shown & set(UNSEEN_PAIRS)
