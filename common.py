@@ -13,12 +13,9 @@ Shape letters: P problems, G answers to each, B answers in all, T answer tokens,
 N tokens of a pass or a chunk, D hidden size, V vocabulary. A small letter is a part of what the large one counts.
 """
 
-import collections
 import contextlib
 import dataclasses
-import itertools
 import math
-import os
 import re
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Sequence
@@ -26,12 +23,22 @@ from pathlib import Path
 
 from harness import problems as data_sets
 from harness import sharding
-from harness.answers import VERIFIERS, box_iou, final_answer, gold_in_pixels, in_pixels, same_math, unbox
+from harness.answers import (
+    VERIFIERS,
+    box_iou,
+    check_gradable,
+    final_answer,
+    gold_in_pixels,
+    in_pixels,
+    same_math,
+    unbox,
+)
 from harness.attention import NAME as PACKED_ROWS
 from harness.attention import pack_rows
-from harness.cache import ON_A_CPU, answers_that_fit, block_cache, bytes_of_answer
-from harness.disk import room_for, write_rows, written_beside
+from harness.cache import ON_A_CPU, answers_that_fit, block_cache, bytes_of_answer, waves
+from harness.disk import room_for, written_beside
 from harness.flags import INSTRUCTION, UserError, is_toy, of_the_world
+from harness.prompts import chat
 from harness.rollout import Prompts, Rollout, name_of
 from harness.run import Run, bootstrap, generator
 
@@ -269,15 +276,6 @@ def save_policy(policy: Policy, processor: Processor, folder: str, is_main: bool
         processor.image_processor.save_pretrained(beside)
 
 
-def fingerprint(model: str) -> str:
-    """Size and time of a local model's weights, so that answers of older weights are not taken for its own."""
-    for name in ("model.safetensors.index.json", "model.safetensors"):
-        path = Path(model, name)
-        if path.exists():
-            return f"{os.path.getsize(path)}-{os.path.getmtime(path)}"
-    return model
-
-
 def load_problems(spec: str, run: Run | None = None) -> Sequence[dict]:
     """A sequence of problems: dicts with id, images (PIL), problem, answer, verifier, and trace where there is one.
 
@@ -331,35 +329,6 @@ def positions_of(policy: Policy, prompts: Prompts, p: int) -> tuple[torch.Tensor
     return positions_3S[:, 0], int(positions_3S.max()) + 1
 
 
-def chat(processor: Processor, problem: dict) -> str:
-    """The prompt as text: a user message with its pictures where `<image>` stands (else first), then the instruction.
-
-    Before it stands the system prompt, where there is one.
-    """
-    picture = {"type": "image"}
-    content = []
-    if "<image>" not in problem["problem"]:
-        content += [picture for _ in problem["images"]]
-    for number, text in enumerate(problem["problem"].split("<image>")):
-        if number > 0:
-            content.append(picture)
-        if text:
-            content.append({"type": "text", "text": text})
-    if processor.instruction:
-        content.append({"type": "text", "text": "\n" + processor.instruction})
-    messages = [{"role": "user", "content": content}]
-    if processor.system_prompt:
-        messages = [{"role": "system", "content": processor.system_prompt}, *messages]
-    return processor.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-
-
-def prompt_settings(args: Namespace) -> dict:
-    """The flags that shape a prompt: answers that are kept in a file belong to these values."""
-    return dict(
-        max_pixels=args.max_pixels, min_pixels=args.min_pixels, system_prompt=args.system_prompt,
-        instruction=args.instruction)
-
-
 def encode(processor: Processor, problems: Iterable[dict]) -> Prompts:
     """Problems (dicts as load_problems gives them) to Prompts. Nothing is truncated; pictures keep the pixel budget.
 
@@ -378,97 +347,6 @@ def encode(processor: Processor, problems: Iterable[dict]) -> Prompts:
         prompts.pixels.append(out["pixel_values"])
         prompts.grids.append(out["image_grid_thw"])
     return prompts
-
-
-@dataclasses.dataclass
-class PromptCheck:
-    """What check_prompts found: lengths in tokens, pictures scaled down and enlarged, problems of each verifier.
-
-    fitting: the places of the problems whose prompts are short enough. faults: what is wrong with the others.
-    """
-
-    lengths: list[int] = dataclasses.field(default_factory=list)
-    scaled: int = 0
-    enlarged: int = 0
-    kinds: collections.Counter = dataclasses.field(default_factory=collections.Counter)
-    fitting: list[int] = dataclasses.field(default_factory=list)
-    faults: list[str] = dataclasses.field(default_factory=list)
-
-
-def check_prompts(
-    processor: Processor, problems: Iterable[dict], args: Namespace, graded: bool = True,
-) -> PromptCheck:
-    """Measures all prompts. UserError for a problem that no script could grade (where answers are `graded`), and for a
-    prompt over args.max_prompt_length, which args.skip_bad_rows leaves out instead."""
-    tool = processor.image_processor
-    check = PromptCheck()
-    for place, problem in enumerate(tqdm(problems, desc="prompts", delay=5, leave=False)):
-        if graded:
-            grade(problem, "")  # an open_ended problem, for which no script has a judge, is met before any training
-        sizes = [(picture.height, picture.width) for picture in problem["images"]]
-        patches = sum(tool.get_number_of_image_patches(height, width, {}) for height, width in sizes)
-        picture_tokens = patches // tool.merge_size**2
-        words = len(processor.tokenizer(chat(processor, problem)).input_ids)
-        length = words - len(sizes) + picture_tokens  # the text holds one token for each picture
-        if length > args.max_prompt_length:  # trap: prompt truncation
-            fault = (f"problem {problem['id']} has a prompt of {length} tokens ({picture_tokens} of pictures), over "
-                     f"--max_prompt_length {args.max_prompt_length}")
-            if not args.skip_bad_rows:
-                raise UserError(f"{fault}: raise it, lower --max_pixels, or leave it out with --skip_bad_rows")
-            check.faults.append(fault)
-            continue
-        check.fitting.append(place)
-        check.lengths.append(length)
-        check.scaled += sum(height * width > args.max_pixels for height, width in sizes)
-        check.enlarged += sum(height * width < args.min_pixels for height, width in sizes)
-        check.kinds[problem["verifier"]] += 1
-    return check
-
-
-def fitting(
-    run: Run, processor: Processor, problems: Sequence[dict], dataset: str, graded: bool = True,
-) -> tuple[Sequence[dict], PromptCheck]:
-    """The problems whose prompts are short enough, and what was found. Overlong ones are noted as skipped."""
-    check = check_prompts(processor, problems, run.args, graded)
-    run.skipped += [dict(dataset=dataset, fault=fault) for fault in check.faults]
-    if check.faults:
-        problems = data_sets.Some(problems, check.fitting)
-    return problems, check
-
-
-def check_problems(
-    run: Run, processor: Processor, problems: Sequence[dict], held_out: Sequence[dict], graded: bool = True,
-) -> tuple[Sequence[dict], Sequence[dict]]:
-    """Checks every prompt before anything is trained or written, and says what was found.
-
-    Returns both without the overlong ones where --skip_bad_rows leaves them out; what it left out is listed in
-    skipped.jsonl. graded: whether answers to `problems` will be graded.
-    """
-    args = run.args
-    problems, check = fitting(run, processor, problems, args.dataset, graded=graded)
-    held_out, other = fitting(run, processor, held_out, args.eval_dataset)
-    if args.prompts_per_step > len(problems):
-        raise UserError(f"--prompts_per_step {args.prompts_per_step}: {args.dataset} has {len(problems)} problems")
-    lengths = check.lengths + other.lengths
-    counts = ", ".join(f"{count} {kind}" for kind, count in (check.kinds + other.kinds).items())
-    run.say(f"{len(problems)} problems to train on, {len(held_out)} held out ({counts}); prompts of {min(lengths)} to "
-            f"{max(lengths)} tokens; {check.scaled + other.scaled} pictures scaled down, "
-            f"{check.enlarged + other.enlarged} enlarged")
-    list_skipped(run)
-    return problems, held_out
-
-
-def list_skipped(run: Run, shown: int = 10):
-    """Says how many rows --skip_bad_rows left out, shows the first of them, and writes all into skipped.jsonl."""
-    if not run.skipped:
-        return
-    run.say(f"--skip_bad_rows left out {len(run.skipped)} rows, listed in {run.path('skipped.jsonl')}:")
-    for row in run.skipped[:shown]:
-        number = f", row {row['row']}" if "row" in row else ""
-        run.say(f"  {row['dataset']}{number}: {row['fault']}")
-    if run.is_main:
-        os.makedirs(run.folder, exist_ok=True)
-        write_rows(run.path("skipped.jsonl"), run.skipped)
 
 
 # === sample ===========================================================================================================
@@ -528,24 +406,6 @@ def wave_size(policy: Policy, rollout: Rollout, generations: int) -> int:
     answer = rollout.tokens_BT.shape[1]
     need = bytes_of_answer(policy.config, policy.dtype, prompt=prompt, answer=answer, generations=generations)
     return answers_that_fit(need, policy.device)
-
-
-def waves(problems: int, generations: int, size: int) -> list[tuple[range, range]]:
-    """Which answers are decoded together, at most `size`: (problems, numbers of their answers) of each wave.
-
-    Whole groups go together; a group that is larger than a wave is cut into slices. A wave takes as long as its longest
-    answer, a small one too: so they are as few as can be, and of equal size.
-    """
-    shares_of_problems = equal_shares(problems, max(1, size // generations))
-    shares_of_answers = equal_shares(generations, size)
-    return [(members, numbers) for members in shares_of_problems for numbers in shares_of_answers]
-
-
-def equal_shares(count: int, most: int) -> list[range]:
-    """range(count) in as few parts as can be of at most `most`, which differ by at most one."""
-    parts = math.ceil(count / most)
-    bounds = [*(count * part // parts for part in range(parts)), count]
-    return [range(begin, end) for begin, end in itertools.pairwise(bounds)]
 
 
 def cut_to_longest(rollout: Rollout):
@@ -821,9 +681,8 @@ def grade(problem: dict, text: str, judge: Callable | None = None) -> float:
     verifier = problem["verifier"]
     gold = unbox(problem["answer"])
     answer = final_answer(text)
-    if verifier == "open_ended" and judge is None:
-        raise UserError("an open_ended answer can only be graded by a judge; --verifiers digit,mcq,math,iou leaves out "
-                        f"the problems with this verifier (first met: {problem.get('id')})")
+    if judge is None:
+        check_gradable(problem)
     if answer is None:
         return 0.0
     if verifier == "open_ended":

@@ -27,23 +27,20 @@ import os
 
 from common import (
     UserError,
-    check_prompts,
     find_model,
-    fingerprint,
-    fitting,
     format_reward,
     is_right,
-    list_skipped,
     load_policy,
     load_problems,
     load_processor,
-    prompt_settings,
     report,
     sample,
 )
 from harness.answers import final_answer
+from harness.disk import fingerprint
 from harness.flags import MODEL_FLAGS, at_least, launch
 from harness.phrases import PHRASES, hesitations
+from harness.prompts import check_prompts, fitting, list_skipped, prompt_settings
 from harness.run import Run, bootstrap, write_atomically
 
 import numpy as np

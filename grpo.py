@@ -49,7 +49,6 @@ are too large. With one update (--updates_per_step 1) the ratio is 1, nothing is
 
 from common import (
     UserError,
-    check_problems,
     evaluate,
     finish,
     format_reward,
@@ -62,6 +61,7 @@ from common import (
     trained_weights,
 )
 from harness.flags import launch, not_negative, share
+from harness.prompts import check_problems
 from harness.run import Run, learning_rate
 from harness.sharding import clip_gradients
 from harness.updates import plan_updates

@@ -51,7 +51,6 @@ import math
 
 from common import (
     UserError,
-    check_problems,
     evaluate,
     finish,
     format_reward,
@@ -67,6 +66,7 @@ from common import (
 from harness.diagnostics import record_clusters
 from harness.embedding import load_embedder, reasoning
 from harness.flags import at_least, launch, not_negative, share
+from harness.prompts import check_problems
 from harness.run import Run, learning_rate, seed_of
 from harness.sharding import clip_gradients
 from harness.updates import plan_updates

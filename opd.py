@@ -47,7 +47,6 @@ surer than the student, but need not.
 
 from common import (
     UserError,
-    check_problems,
     evaluate,
     finish,
     format_reward,
@@ -60,6 +59,7 @@ from common import (
     trained_weights,
 )
 from harness.flags import GROUP_FLAGS, MODEL_FLAGS, TRAIN_FLAGS, launch
+from harness.prompts import check_problems
 from harness.run import Run, learning_rate
 from harness.sharding import clip_gradients
 from harness.updates import plan_updates

@@ -47,26 +47,25 @@ import os
 
 from common import (
     UserError,
-    check_problems,
     evaluate,
     find_model,
-    fingerprint,
     finish,
     forced,
     format_reward,
     is_right,
     load_policy,
     load_problems,
-    prompt_settings,
     read,
     sample,
     token_entropy,
     token_logps,
     trained_weights,
 )
+from harness.disk import fingerprint
 from harness.flags import MODEL_FLAGS, TRAIN_FLAGS, at_least, launch
 from harness.memory import check_fits_whole
 from harness.problems import WithTraces
+from harness.prompts import check_problems, prompt_settings
 from harness.run import Run, check_writable, learning_rate
 from harness.sharding import clip_gradients
 from harness.traces import given_traces

@@ -56,7 +56,6 @@ from math import ceil, log
 from common import (
     Reading,
     UserError,
-    check_problems,
     evaluate,
     finish,
     format_reward,
@@ -70,6 +69,7 @@ from common import (
 )
 from harness.diagnostics import record_signals
 from harness.flags import launch, not_negative, share
+from harness.prompts import check_problems
 from harness.run import Run, generator, learning_rate
 from harness.selections import SELECTIONS, kl, other_score
 from harness.sharding import clip_gradients

@@ -36,7 +36,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from forks/,
 
 from common import (
     UserError,
-    check_problems,
     evaluate,
     finish,
     format_reward,
@@ -49,6 +48,7 @@ from common import (
     trained_weights,
 )
 from harness.flags import at_least, launch, not_negative, share
+from harness.prompts import check_problems
 from harness.rollout import join, select_groups
 from harness.run import Run, learning_rate
 from harness.sharding import clip_gradients

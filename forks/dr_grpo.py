@@ -30,7 +30,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from forks/,
 
 from common import (
     UserError,
-    check_problems,
     evaluate,
     finish,
     format_reward,
@@ -43,6 +42,7 @@ from common import (
     trained_weights,
 )
 from harness.flags import launch, not_negative, share
+from harness.prompts import check_problems
 from harness.run import Run, learning_rate
 from harness.sharding import clip_gradients
 from harness.updates import plan_updates

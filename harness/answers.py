@@ -19,6 +19,8 @@ from collections.abc import Callable
 from functools import cache, lru_cache
 from types import FrameType
 
+from harness.flags import UserError
+
 from latex2sympy2_extended import NormalizationConfig
 from math_verify import LatexExtractionConfig, parse, verify
 from math_verify.errors import TimeoutException
@@ -403,6 +405,13 @@ VERIFIERS: dict[str, tuple[Callable[[str], object], str]] = {
     "iou": (read_box, "four numbers x1, y1, x2, y2 with x1 < x2 and y1 < y2"),
     "open_ended": (read_text, "some text"),
 }
+
+
+def check_gradable(problem: dict):
+    """UserError for a problem that only a judge could grade."""
+    if problem["verifier"] == "open_ended":
+        raise UserError("an open_ended answer can only be graded by a judge; --verifiers digit,mcq,math,iou leaves out "
+                        f"the problems with this verifier (first met: {problem.get('id')})")
 
 
 # --- boxes ------------------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ transformers' own dynamic cache is copied whole at every token. On a GPU those c
 before, also leave the memory in pieces that nothing else fits into.
 """
 
+import itertools
 import math
 
 import torch
@@ -104,3 +105,21 @@ def answers_that_fit(need: int, device: torch.device) -> int:
     free, _ = torch.cuda.mem_get_info(device)
     kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # the allocator's, but unused
     return max(1, int(SHARE * (free + kept) / need))
+
+
+def waves(problems: int, generations: int, size: int) -> list[tuple[range, range]]:
+    """Which answers are decoded together, at most `size`: (problems, numbers of their answers) of each wave.
+
+    Whole groups go together; a group that is larger than a wave is cut into slices. A wave takes as long as its longest
+    answer, a small one too: so they are as few as can be, and of equal size.
+    """
+    shares_of_problems = equal_shares(problems, max(1, size // generations))
+    shares_of_answers = equal_shares(generations, size)
+    return [(members, numbers) for members in shares_of_problems for numbers in shares_of_answers]
+
+
+def equal_shares(count: int, most: int) -> list[range]:
+    """range(count) in as few parts as can be of at most `most`, which differ by at most one."""
+    parts = math.ceil(count / most)
+    bounds = [*(count * part // parts for part in range(parts)), count]
+    return [range(begin, end) for begin, end in itertools.pairwise(bounds)]

@@ -127,3 +127,12 @@ def discard(folder: str | Path, aside: str | Path):
     shutil.rmtree(aside, ignore_errors=True)
     os.rename(folder, aside)
     shutil.rmtree(aside)
+
+
+def fingerprint(model: str) -> str:
+    """Size and time of a local model's weights, so that answers of older weights are not taken for its own."""
+    for name in ("model.safetensors.index.json", "model.safetensors"):
+        path = Path(model, name)
+        if path.exists():
+            return f"{os.path.getsize(path)}-{os.path.getmtime(path)}"
+    return model

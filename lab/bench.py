@@ -3,6 +3,7 @@
     python lab/bench.py                             every part on the tabletop, minutes; into results/bench.json
     python lab/bench.py --parts sampler update      some of them
     python lab/bench.py --shape 7B --device cuda    a real size with random weights: tokens per second, memory
+    python lab/bench.py --plan 7B --gpus 8 --memory 80      what would fit, by arithmetic alone (lab/plan.py)
 
 Parts, all in one process and one thread:
 
@@ -47,6 +48,8 @@ from harness.flags import Parser, UserError, at_least, parse_args
 from harness.rollout import Rollout
 from harness.run import Run, check_writable, generator, write_atomically
 from harness.updates import micro_batches
+from lab import plan
+from lab.shapes import SHAPES, config_of, shape_config
 from tabletop.models import untrained
 
 import numpy as np
@@ -54,7 +57,7 @@ import torch
 import transformers
 from datasets import Dataset
 from PIL import Image
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer, GenerationConfig, Qwen2_5_VLConfig
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer, GenerationConfig
 
 try:
     import trl
@@ -530,35 +533,6 @@ def trl_backward(args, problems, rollout, old_logp_BT):
 
 # --- real sizes -------------------------------------------------------------------------------------------------------
 
-# "tiny" is the tabletop's own size, and needs no numbers.
-SHAPES = {
-    "tiny": None,
-    "3B": dict(
-        hidden_size=2048, num_hidden_layers=36, num_attention_heads=16, num_key_value_heads=2,
-        intermediate_size=11_008, vocab_size=151_936),
-    "7B": dict(
-        hidden_size=3584, num_hidden_layers=28, num_attention_heads=28, num_key_value_heads=4,
-        intermediate_size=18_944, vocab_size=152_064),
-}
-
-
-def shape_config(shape, tokenizer):
-    """Qwen2.5-VL-3B's or -7B's configuration; the ids of the special tokens are the tokenizer's."""
-    rope = dict(rope_type="default", rope_theta=1e6, mrope_section=[16, 24, 24])
-    text = dict(SHAPES[shape], rope_parameters=rope)
-    # The other defaults are Qwen's: 32 blocks, full attention in four of them, windows of 112, patches of 14 pixels.
-    vision = dict(hidden_size=1280, intermediate_size=3420, out_hidden_size=text["hidden_size"])
-    return Qwen2_5_VLConfig(
-        text_config=text,
-        vision_config=vision,
-        tie_word_embeddings=shape == "3B",
-        image_token_id=tokenizer.convert_tokens_to_ids("<|image_pad|>"),
-        video_token_id=tokenizer.convert_tokens_to_ids("<|video_pad|>"),
-        vision_start_token_id=tokenizer.convert_tokens_to_ids("<|vision_start|>"),
-        vision_end_token_id=tokenizer.convert_tokens_to_ids("<|vision_end|>"),
-    )
-
-
 def random_policy(config, folder):
     """A model with random weights; which ids end its answers is in generation_config.json in `folder`."""
     policy = Policy.of(AutoModelForImageTextToText.from_config(config, dtype=torch.float32).eval())
@@ -582,7 +556,11 @@ def write_shape(folder, shape):
     untrained(folder)
     if shape != "tiny":
         tokenizer = AutoTokenizer.from_pretrained(folder)
-        shape_config(shape, tokenizer).save_pretrained(folder)
+        config = shape_config(shape)
+        for name in ("image", "video", "vision_start", "vision_end"):
+            word = f"<|{name}_pad|>" if name in ("image", "video") else f"<|{name}|>"
+            setattr(config, f"{name}_token_id", tokenizer.convert_tokens_to_ids(word))
+        config.save_pretrained(folder)
 
 
 def bench_shape(args):
@@ -638,12 +616,21 @@ def parse(argv=None):
     parser.add_argument("--problems", type=whole, default=16, help="P, problems in a step")
     parser.add_argument("--num_generations", type=whole, default=8, help="G, answers to each")
     parser.add_argument("--mupo_problems", type=whole, default=64, help="P of the part mupo, whose G is 15")
-    parser.add_argument("--max_completion_length", type=whole, default=64, help="tokens of an answer")
-    parser.add_argument("--shape", choices=SHAPES, help="measure grpo.py at this size instead, with random weights")
+    parser.add_argument("--max_completion_length", type=whole, help="tokens of an answer (64; of --plan: 2048)")
+    parser.add_argument("--shape", choices=("tiny", *SHAPES),
+                        help="measure grpo.py at this size instead, with random weights")
     parser.add_argument("--device", choices=devices, default="cpu", help="of --shape; the comparisons are the CPU's")
     parser.add_argument("--pixels", type=whole, default=1_000_000, help="of --shape's pictures")
+    parser.add_argument("--plan", metavar="MODEL", help=f"plan a run instead: {', '.join(SHAPES)}, or a model's folder")
+    parser.add_argument("--gpus", type=whole, default=8, help="of --plan")
+    parser.add_argument("--memory", type=whole, default=80, help="of --plan: GB of each GPU")
+    parser.add_argument("--teacher", help="of --plan: a model that only reads, split over the same GPUs")
+    parser.add_argument("--mean_length", type=whole, default=350, help="of --plan: tokens of an answer on average")
     parser.add_argument("--output", default="results/bench.json", help="where the numbers go")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.max_completion_length is None:
+        args.max_completion_length = 2048 if args.plan else 64
+    return args
 
 
 def is_met(ratio, wanted):
@@ -678,7 +665,22 @@ def compare(args):
     return lines
 
 
+def show_plan(args):
+    """Prints what a run of this size needs, and the flags that fit."""
+    visual = round(args.pixels / plan.VISUAL_TOKEN)
+    work = plan.Work(
+        S=visual + plan.WORDS, patches=4 * visual, T=min(args.mean_length, args.max_completion_length),
+        T_most=args.max_completion_length, G=args.num_generations, wave=plan.MOST_TOGETHER, row=args.num_generations)
+    machine = plan.Machine(args.gpus, args.memory * plan.GB)
+    teacher = config_of(args.teacher) if args.teacher else None
+    found = plan.plan(config_of(args.plan), work, machine, teacher)
+    print("\n".join(plan.lines_of(args.plan, found, machine)))
+
+
 def main(args):
+    if args.plan:
+        show_plan(args)
+        return
     check_writable(str(Path(args.output).parent), "--output")
     os.environ["ACCELERATE_USE_CPU"] = str(args.device == "cpu")
     torch.set_num_threads(1)

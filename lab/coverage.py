@@ -27,9 +27,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, Python looks in lab/, not in the root
 
 import vepo
-from common import Reading, UserError, check_prompts, load_policy, load_problems, read, sample
+from common import Reading, UserError, load_policy, load_problems, read, sample
 from harness.diagnostics import first_wrong_tokens
 from harness.flags import MODEL_FLAGS, at_least, launch, not_negative
+from harness.prompts import check_prompts
 from harness.run import Run, write_atomically
 from harness.selections import SELECTIONS, kl, other_score
 from lab import pictures

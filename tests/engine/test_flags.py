@@ -130,7 +130,7 @@ def test_the_defaults_of_the_world():
 
 def test_help_shows_the_tabletops_values(capsys):
     lines = shown("grpo", capsys)
-    assert lines["max_steps"] == ("70", "tabletop")
+    assert lines["max_steps"] == ("25", "tabletop")
     assert lines["dataset"] == ("toy@train", "tabletop")
     assert lines["train_vision"] == ("True", "tabletop")
     assert lines["temperature"] == ("1.0", "world")

@@ -6,6 +6,7 @@ import math
 import common
 from common import encode, read, sample, token_entropy, token_logps
 from harness.flags import of_the_world
+from harness.prompts import check_prompts
 
 import pytest
 import torch
@@ -292,19 +293,19 @@ def test_trap_pixel_budget(processor):
 def test_trap_prompt_truncation(processor, problems):
     """A prompt over the limit is refused with its length; nothing is cut."""
     args = of_the_world(max_prompt_length=4096)
-    lengths = common.check_prompts(processor, problems, args).lengths
+    lengths = check_prompts(processor, problems, args).lengths
     assert lengths == [len(ids) for ids in encode(processor, problems).ids]
     args.max_prompt_length = max(lengths) - 1
     with pytest.raises(common.UserError, match=f"prompt of {max(lengths)} tokens.*--skip_bad_rows"):
-        common.check_prompts(processor, problems, args)
+        check_prompts(processor, problems, args)
 
 
 def test_overlong_prompts_are_left_out_when_asked_for(processor, problems):
     """They count in nothing; the others keep their order."""
     args = of_the_world(skip_bad_rows=True)
-    lengths = common.check_prompts(processor, problems, args).lengths
+    lengths = check_prompts(processor, problems, args).lengths
     args.max_prompt_length = sorted(lengths)[-2]
-    check = common.check_prompts(processor, problems, args)
+    check = check_prompts(processor, problems, args)
     longest = lengths.index(max(lengths))
     assert check.fitting == [place for place in range(5) if place != longest]
     assert check.lengths == [length for length in lengths if length != max(lengths)]
@@ -315,7 +316,7 @@ def test_overlong_prompts_are_left_out_when_asked_for(processor, problems):
 
 def test_scaled_pictures_and_kinds_of_problems_are_counted(processor, problems):
     args = of_the_world(max_pixels=84 * 84, min_pixels=80 * 80)
-    check = common.check_prompts(processor, problems, args)
+    check = check_prompts(processor, problems, args)
     assert check.scaled == 2  # 56x140 and 112x112
     assert check.enlarged == 1  # 112x56
     assert check.kinds == {"digit": 5}
@@ -330,7 +331,7 @@ def test_small_pictures_are_enlarged(folder):
     pixels = [int(grid.prod()) * 14 * 14 for grid in prompts.grids]
     assert all(512 * 512 <= number < 1.2 * 512 * 512 for number in pixels[:2])
     assert prompts.grids[2].tolist() == [[1, 40, 50]]  # large enough: as it is
-    check = common.check_prompts(processor, some, of_the_world(min_pixels=512 * 512))
+    check = check_prompts(processor, some, of_the_world(min_pixels=512 * 512))
     assert check.lengths == [len(ids) for ids in prompts.ids]
     assert check.enlarged == 2
 
