@@ -197,6 +197,8 @@ class Run:
                     raise UserError(f"--resume: this run began with --{name} {before.get(name)}; give it again")
         if self.is_main:
             os.makedirs(self.folder, exist_ok=True)
+            for left in Path(self.folder).glob("*.json*.tmp"):  # of a process that was killed while it wrote
+                left.unlink()
             write_atomically(path, json.dumps(flags, indent=1) + "\n")
         self.accelerator.wait_for_everyone()
         self.check_shared(path)

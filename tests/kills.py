@@ -138,7 +138,8 @@ def main(args):
                 met[found_in(run)] += 1
                 print(f"run {runs}, kill {sum(met.values())}: {moment}, {found_in(run)}", flush=True)
         different = same(whole, run)
-        leftovers = sorted(path.name for path in run.iterdir() if "checkpoint" in path.name or path.name == "model.tmp")
+        names = sorted(path.name for path in run.iterdir())
+        leftovers = [name for name in names if "checkpoint" in name or name.endswith(".tmp")]
         print(f"run {runs}: {'differs in ' + ', '.join(different) if different else 'equal'}, left over: {leftovers}")
         if different or leftovers:
             raise SystemExit(1)
