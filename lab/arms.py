@@ -27,16 +27,16 @@ RL = dict(
 )
 # MUPO needs 15 answers for three clusters; so as not to cost twice as much, half of the problems.
 MUPO = RL | dict(
-    prompts_per_step=32, num_generations=15, epsilon_high=0.28, max_steps=40, min_cluster=3, balance=1.0,
+    prompts_per_step=32, num_generations=15, epsilon_high=0.28, max_steps=30, min_cluster=3, balance=1.0,
     diversity_weight=0.4, min_diversity_weight=0.1,
 )
 # All warm starts have the same problems, batch and schedule; they differ in what is learned from the problems.
 WARM = dict(
     eval_dataset="none", prompts_per_step=64, learning_rate=1.2e-3, lr_scheduler_type="cosine", warmup_steps=10,
 )
-OPD_STEPS = 60
+OPD_STEPS = 40
 OVERTRAINED = 10  # times the tokens of the early-stopped run
-RL_AFTER = RL | dict(max_steps=20)  # behind a warm start
+RL_AFTER = RL | dict(max_steps=16)  # behind a warm start
 
 # --- doubt: which tokens to credit ------------------------------------------------------------------------------------
 

@@ -37,18 +37,21 @@ Spec = namedtuple("Spec", "script flags start needs tokens seeds last",
 
 # --- how long it takes ------------------------------------------------------------------------------------------------
 
-# Seconds on one core, measured: before the first unit, and for each unit. A unit is a step; of eval_passk.py and
-# lab/coverage.py it is 512 answers. What is finished corrects these.
+# Seconds on one core, before the first unit and for each unit. A unit is a step; of eval_passk.py and lab/coverage.py
+# it is 512 answers. grpo.py's step was measured on one quiet core (results/busy.json), the others against it. They are
+# a first guess, for --plan: what is finished corrects them.
 SECONDS = {
-    "grpo.py": (10, 3.0),
-    "vepo.py": (10, 3.8),
-    "lab/oracle.py": (10, 3.8),
-    "mupo.py": (10, 3.4),
-    "opd.py": (12, 1.0),
-    "sft.py": (12, 0.8),
+    "grpo.py": (10, 4.2),
+    "vepo.py": (10, 5.0),
+    "lab/oracle.py": (10, 5.0),
+    "mupo.py": (10, 4.1),
+    "opd.py": (12, 1.2),
+    "sft.py": (12, 0.9),
     "eval_passk.py": (8, 2.2),
-    "lab/coverage.py": (8, 4.0),
+    "lab/coverage.py": (8, 5.0),
 }
+
+TRACES = 90  # seconds in which a teacher writes the traces of a seed, for the first sft.py that needs them
 
 
 def units(specs, name):
@@ -68,6 +71,8 @@ def units(specs, name):
 def seconds(specs, name):
     """How long a run is expected to take on one core."""
     start, each = SECONDS[specs[name].script]
+    if specs[name].tokens == 1:
+        start += TRACES
     return start + each * units(specs, name)
 
 
