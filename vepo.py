@@ -36,10 +36,10 @@ Departures from the paper and its released code:
 also VPPO (KL of the sampled token, top 40%, divided by all tokens), PAPO, and the 80/20 rule (entropy alone: --select
 entropy).
 
-What the tabletop says (results/first/vepo.json, five seeds): entropy misses 46% of the tokens that look (paper: 41%).
-Yet keeping a fifth of the tokens learns more slowly there than keeping all: pass@1 .575 against .752. Those runs do not
-settle why. Answers are short there, some 33 tokens where a 7B writes hundreds, and k is a share: try another --keep
-before you judge.
+What the tabletop says: TOY keeps half of the tokens, not a fifth. k is a share, and an answer there has some 33 tokens,
+a third of which look at the picture; a 7B writes hundreds, and few of them look. With the paper's fifth VEPO learned
+more slowly on the first tabletop than all tokens did: pass@1 .575 against .752. Entropy missed 46% of the tokens that
+look (paper: 41%; results/first/vepo.json, five seeds).
 
 Shapes: P problems, G answers to each, B = P·G answers, T tokens of the longest, N tokens of a chunk, V vocabulary.
 

@@ -8,7 +8,6 @@ updates are the scripts' own of the tabletop, written out here so that no later 
 """
 
 from lab.runs import Spec
-
 from tabletop.worlds import WORLDS
 
 # --- sizes ------------------------------------------------------------------------------------------------------------
