@@ -13,6 +13,7 @@ def kills(folder, number, steps, seed):
     assert "all equal" in done.stdout
 
 
+@pytest.mark.slow
 def test_three_kills(folder):
     kills(folder, 3, steps=3, seed=1)
 

@@ -54,7 +54,7 @@ def test_trap_collective_timeout(tmp_path):
     assert "gave up True" in done.stdout, done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("leftover", ["args.json", "checkpoint-2"])
+@pytest.mark.parametrize("leftover", [pytest.param("args.json", marks=pytest.mark.slow), "checkpoint-2"])
 def test_trap_whose_disk(tmp_path, leftover):
     """A folder that only the first process sees is met at the start, whatever another node has on a disk of its own."""
     done = processes(tmp_path, f"""

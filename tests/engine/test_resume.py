@@ -22,7 +22,9 @@ def whole(folder, tmp_path_factory):
     return drive(folder, tmp_path_factory.mktemp("whole") / "run", *FOUR_STEPS)
 
 
-@pytest.mark.parametrize("moment", ["1", "3", "checkpoint"])
+@pytest.mark.parametrize("moment", [
+    pytest.param("1", marks=pytest.mark.slow), pytest.param("3", marks=pytest.mark.slow), "checkpoint",
+])
 def test_killed_and_resumed_to_the_same_numbers(folder, tmp_path, whole, moment):
     """SIGKILL before the first checkpoint, after one, or while one is written; then --resume: bitwise the same."""
     killed = tmp_path / "killed"

@@ -115,7 +115,7 @@ def test_selected_groups_stay_what_they_were(policy, whole, places):
     assert [problem["id"] for problem in part.prompts.problems] == [f"p{p}" for p in places]
     assert set(part.pictures) == {f"p{p}" for p in places}
     assert part.score(score_of).tolist() == whole.score(score_of)[places].tolist()
-    assert (logps(policy, part) - logps(policy, whole)[index_b]).abs().max() < 1e-6
+    assert (logps(policy, part) - logps(policy, whole)[index_b]).abs().max() < 1e-5
 
 
 def test_selecting_no_group_gives_an_empty_rollout_that_can_be_joined(policy, whole):
@@ -125,7 +125,7 @@ def test_selecting_no_group_gives_an_empty_rollout_that_can_be_joined(policy, wh
     for joined in (join(nothing, whole), join(whole, nothing)):
         assert_same_answers(joined, whole, torch.arange(len(whole)))
         assert joined.score(score_of).tolist() == whole.score(score_of).tolist()
-        assert (logps(policy, joined) - logps(policy, whole)).abs().max() < 1e-6
+        assert (logps(policy, joined) - logps(policy, whole)).abs().max() < 1e-5
 
 
 def test_a_selection_leaves_the_rollout_as_it_was(whole):
@@ -158,7 +158,7 @@ def test_a_joined_rollout_is_its_parts_one_behind_the_other(policy, processor, p
             index_b = torch.arange(start, start + len(part))
             T = logp_BT.shape[1]
             assert_same_answers(joined[index_b], part, torch.arange(len(part)))
-            assert (read_BT[index_b, :T] - logp_BT).abs().max() < 1e-6
+            assert (read_BT[index_b, :T] - logp_BT).abs().max() < 1e-5
             assert (read_BT[index_b, T:] == 0).all()
             start += len(part)
 
@@ -174,7 +174,7 @@ def test_selected_and_joined_again(policy, whole):
     index_b = answers_of([3, 0, 4])
     assert_same_answers(joined, whole, index_b)
     assert joined.score(score_of).tolist() == whole.score(score_of)[[3, 0, 4]].tolist()
-    assert (logps(policy, joined) - logps(policy, whole)[index_b]).abs().max() < 1e-6
+    assert (logps(policy, joined) - logps(policy, whole)[index_b]).abs().max() < 1e-5
     again = select_groups(joined, [2, 0])
     assert_same_answers(again, whole, answers_of([4, 3]))
 

@@ -148,6 +148,7 @@ def test_every_script_ends_when_it_is_asked_to(folder, tmp_path, monkeypatch, sc
     assert not (place / "config.json").exists()
 
 
+@pytest.mark.slow
 def test_processes_leave_together(folder, tmp_path):
     """One of two processes is signalled, and its launcher, which ignores it: both save the checkpoint and exit 0."""
     place = tmp_path / "run"

@@ -286,7 +286,9 @@ def played(tmp_path, monkeypatch):
     return play
 
 
-@pytest.mark.parametrize("name", arms.STUDIES)
+@pytest.mark.parametrize("name", [
+    "ways", pytest.param("doubt", marks=pytest.mark.slow), pytest.param("stage1", marks=pytest.mark.slow),
+])
 def test_a_study_from_end_to_end(played, name, capsys):
     """Its verdicts follow from the table it writes; every row has what a reader needs to check it; pictures exist."""
     place = played(name)
@@ -304,6 +306,7 @@ def test_a_study_from_end_to_end(played, name, capsys):
     assert set(json.loads((place / f"{name}.json").read_text())["measures"]) == set(table["answers"])
 
 
+@pytest.mark.slow
 def test_two_studies_share_one_file_of_claims(played):
     played("ways", "stage1")
     before = json.loads((played("ways") / "claims.json").read_text())
