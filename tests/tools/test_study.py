@@ -84,7 +84,9 @@ def test_every_run_once_and_after_what_it_needs(home):
 def test_a_run_waits_for_what_it_needs_where_a_core_is_free(home):
     """With one seed the second core has nothing else to do: sft.py must not start beside the run that it needs."""
     bench_of(home, few(1), jobs=2).make_all()
-    assert (home / "calls").read_text().split()[:3] == ["toy/opd-1", "toy/sft-1", "toy/overtrained-1"]
+    calls = (home / "calls").read_text().split()
+    assert calls[0] == "toy/opd-1"
+    assert calls.index("toy/sft-1") < calls.index("toy/overtrained-1")
 
 
 def test_a_run_that_was_stopped_behind_its_last_file_is_made_anew(home):
