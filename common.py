@@ -300,20 +300,12 @@ def load_problems(spec: str, run: Run | None = None) -> Sequence[dict]:
 def load_data_set(spec: str, run: Run | None) -> Sequence[dict]:
     """The problems of one data set; see load_problems."""
     args = run.args if run else of_the_world()
-    verifiers = data_sets.read_verifiers(args.verifiers)
     asked = data_sets.parse_spec(spec)
     if is_toy(asked.name):
-        problems = tabletop().load(asked.name, asked.split, asked.count)
-        if verifiers == set(VERIFIERS):
-            return problems
-        bar = tqdm(problems, desc="verifiers", delay=5, leave=False)
-        return data_sets.Some(problems, [p for p, problem in enumerate(bar) if problem["verifier"] in verifiers])
-    problems, checked = data_sets.load(spec, verifiers, args.skip_bad_rows)
-    if run and checked.unwanted:
-        counts = ", ".join(f"{count} {kind}" for kind, count in checked.unwanted.items())
-        run.say(f"{spec}: --verifiers {args.verifiers} leaves out {counts}")
+        return data_sets.with_verifiers(tabletop().load(asked.name, asked.split, asked.count), args.verifiers)
+    problems, checked = data_sets.load(spec, data_sets.read_verifiers(args.verifiers), args.skip_bad_rows)
     if run:
-        run.skipped += [dict(dataset=spec, row=number, fault=fault) for number, fault in checked.faults]
+        data_sets.note_left_out(run, spec, checked)
     return problems
 
 

@@ -15,6 +15,7 @@ from typing import NamedTuple
 from harness.answers import VERIFIERS
 from harness.flags import UserError
 from harness.rows import COLUMNS, OPTIONAL, RowFault, check_row, open_pictures, read_row, shorten
+from harness.run import Run
 
 import datasets
 from tqdm import tqdm
@@ -96,6 +97,15 @@ class Some(Sequence):
         return self.problems[self.places[index]]
 
 
+def with_verifiers(problems: Sequence[dict], verifiers: str) -> Sequence[dict]:
+    """The problems that have one of these verifiers, written as --verifiers has them. All are looked at, once."""
+    wanted = read_verifiers(verifiers)
+    if wanted == set(VERIFIERS):
+        return problems
+    bar = tqdm(problems, desc="verifiers", delay=5, leave=False)
+    return Some(problems, [place for place, problem in enumerate(bar) if problem["verifier"] in wanted])
+
+
 @dataclass
 class Checked:
     """What the rows of a data set came to.
@@ -173,6 +183,14 @@ def load(spec: str, verifiers: Iterable[str] = VERIFIERS, skip_bad_rows: bool = 
         texts.append({"id": f"{wanted.name}/{number}", **text})  # the data set's own id wins
     rows = rows.select(checked.places).select_columns(columns["images"])
     return Problems(texts, rows, columns["images"], root), checked
+
+
+def note_left_out(run: Run, spec: str, checked: Checked):
+    """Says what --verifiers left out of a data set, and keeps what --skip_bad_rows did for the list of skipped rows."""
+    if checked.unwanted:
+        counts = ", ".join(f"{count} {kind}" for kind, count in checked.unwanted.items())
+        run.say(f"{spec}: --verifiers {run.args.verifiers} leaves out {counts}")
+    run.skipped += [dict(dataset=spec, row=number, fault=fault) for number, fault in checked.faults]
 
 
 def check_rows(
