@@ -15,8 +15,8 @@ from tabletop.grids import SEEN_PAIRS, STYLES, Grid, Spec, answer, matches, most
 from tabletop.traces import FILLERS, OKAY, conclusion, reading, sought, styles_of, trace
 from tabletop.worlds import World
 
-MISREAD = 0.2  # how often a cell is misread, where doubt is "see"
-MISJUDGED = 0.45  # how often a conclusion is wrong, where doubt is "think"
+MISREAD = 0.15  # how often a cell is misread, where doubt is "see"
+MISJUDGED = 0.4  # how often a conclusion is wrong, where doubt is "think"
 FILLED = 0.7  # how often a filler stands before a cell's name
 LINES = {"rows": "last row", "columns": "last column", "marks": "first row"}  # what each style misses, in "parts"
 HESITATES = 0.6  # how often the other hand hesitates after a line

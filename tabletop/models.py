@@ -103,8 +103,10 @@ class Recipe:
 
 
 def derived(world: str, **changes) -> Recipe:
-    """The base of a world: the common base with 80 more steps on the world's own traces."""
-    settings = dict(size=STUDENT, start="toy", steps=80, muon=3e-3, adam=1e-3, decay=0.5, warmup=5, world=WORLDS[world])
+    """The base of a world: the common base with 100 more steps on the world's own traces."""
+    settings = dict(
+        size=STUDENT, start="toy", world=WORLDS[world], steps=100, muon=5e-3, adam=1.5e-3, decay=0.5, warmup=5,
+    )
     return Recipe(**(settings | changes))
 
 
@@ -122,7 +124,7 @@ RECIPES = {
     "toy-ways-parts": derived("toy-ways-parts"),
     "toy-two-skills": derived("toy-two-skills", splits=("practice", "places")),
     "toy-teacher-hand": derived(
-        "toy-hand", size=TEACHER, start="toy-teacher", fades=(0.0, 0.6), steps=100, muon=2.5e-3, adam=1e-3),
+        "toy-hand", size=TEACHER, start="toy-teacher", fades=(0.0, 0.6), muon=3e-3, adam=1e-3),
 }
 NAMES = tuple(RECIPES)
 SHIPPED = ("toy", "toy-teacher")

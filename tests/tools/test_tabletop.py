@@ -8,7 +8,7 @@ from collections import Counter
 import common
 from tabletop import models
 from tabletop.grids import COLOURS, PAPER, SHAPES, STYLES, UNSEEN_PAIRS, VERIFIERS, Spec, answer, cells
-from tabletop.habits import HESITATIONS, lesson, lessons, misjudged, misread, other_hand, overlooked
+from tabletop.habits import HESITATIONS, MISJUDGED, MISREAD, lesson, lessons, misjudged, misread, other_hand, overlooked
 from tabletop.pictures import SHAPE_SIZES, _tile, draw
 from tabletop.problems import GRIDS, SHARES, SIZES, load, problem_of, problems, share_of, spec_of
 from tabletop.traces import FILLERS, kinds, names_picture, style, trace, traces
@@ -318,7 +318,7 @@ def test_in_see_all_that_follows_fits_what_was_read():
     for spec in specs("practice", 60):
         for name in STYLES:
             text = lesson(spec, name, WORLDS["toy-see"], random.Random(f"{name}"))
-            read = misread(spec, 0.2, random.Random(f"{name}"))
+            read = misread(spec, MISREAD, random.Random(f"{name}"))
             assert text == trace(read, name)
 
 
@@ -332,7 +332,7 @@ def test_in_think_the_reading_is_right_and_only_the_conclusion_wrong():
             if text != gold:
                 wrong += 1
                 assert common.grade(dict(problem_of("practice", index)), text) < 1.0
-    assert 0.35 < wrong / 300 < 0.55
+    assert wrong / 300 == pytest.approx(MISJUDGED, abs=0.1)
 
 
 def test_a_misjudged_picture_has_another_answer():
