@@ -507,7 +507,7 @@ def dapo_with_few_teachers(place):
 
 
 @pytest.mark.parametrize("name", [
-    "dapo", pytest.param("gspo", marks=pytest.mark.slow), pytest.param("dr_grpo", marks=pytest.mark.slow),
+    pytest.param(name, marks=pytest.mark.slow) for name in ("dapo", "gspo", "dr_grpo")
 ])
 def test_two_processes_give_the_losses_and_gradients_of_one(folder, tmp_path, name):
     """Two updates, of which the second has ratios that are not 1, from one group to a pass."""

@@ -1,6 +1,7 @@
 """The tabletop's models: real checkpoints, made the same every time, kept in the user's cache."""
 
 import dataclasses
+import functools
 import json
 import re
 
@@ -220,6 +221,7 @@ def test_two_builds_at_once_do_not_clash(cache, monkeypatch):
 
 def test_the_name_of_a_model_follows_its_recipe(monkeypatch):
     """And its seed, the words, the drawings, the shape and its start: no stale model is found after an edit to any."""
+    monkeypatch.setattr(models, "make_tokenizer", functools.cache(models.make_tokenizer))  # slow
     recipe = models.RECIPES["toy-see"]
     key = models.key_of(recipe)
     assert key == models.key_of(dataclasses.replace(recipe))

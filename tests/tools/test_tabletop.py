@@ -297,8 +297,9 @@ def share_right(world, count=200):
 
 @pytest.mark.parametrize("world", ["toy-see", "toy-think", "toy-see-fillers", "toy-think-fillers", "toy-ways-same",
                                    "toy-ways-parts"])
-def test_a_base_with_doubt_is_taught_to_be_wrong_about_half_of_the_time(world):
-    assert 0.35 < share_right(world) < 0.65
+def test_a_base_with_doubt_is_taught_to_be_right_a_third_to_two_thirds_of_the_time(world):
+    """What it gets wrong by itself comes on top."""
+    assert 1 / 3 < share_right(world) < 0.68
 
 
 def cells_that_differ(one, other):
