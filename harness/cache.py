@@ -49,8 +49,8 @@ class BlockLayer(DynamicLayer):
 
     def batch_select_indices(self, indices: torch.Tensor):
         """Keeps these rows only."""
-        self.key_store = self.key_store[indices]
-        self.value_store = self.value_store[indices]
+        self.key_store = self.key_store.index_select(0, indices)
+        self.value_store = self.value_store.index_select(0, indices)
         self.show(self.get_seq_length())
 
     def reorder_cache(self, beam_idx: torch.Tensor):
