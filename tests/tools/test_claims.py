@@ -5,12 +5,12 @@ import json
 
 import eval_passk
 from lab import arms, claims, measures
+from tabletop.worlds import WORLDS
 
 import numpy as np
 import pytest
 import scipy.stats
 from conftest import ROOT
-from tabletop.worlds import WORLDS
 
 # --- intervals --------------------------------------------------------------------------------------------------------
 
