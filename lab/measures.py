@@ -8,6 +8,8 @@ problem suits one arm whatever the seed.) Five seeds are few: percentile interva
 Shapes: S seeds, P problems, G answers to a problem, D draws.
 """
 
+import functools
+
 import eval_passk
 from harness.embedding import ngrams, reasoning
 from harness.run import seed_of
@@ -24,8 +26,9 @@ SERIES = ("accuracy", "entropy", "completion_length", "missed_by_entropy", "cove
 # --- intervals --------------------------------------------------------------------------------------------------------
 
 
+@functools.lru_cache(8)  # a study asks for the same few shapes thousands of times
 def drawn_weights(S, P, draws=DRAWS, seed=0):
-    """((D, S), (D, P)): how often each seed and each problem is drawn, as shares of all."""
+    """((D, S), (D, P)): how often each seed and each problem is drawn, as shares of all. Not to be written to."""
     # A generator each, so that arms with other numbers of seeds still meet the same draws of problems.
     weight_DS = np.random.default_rng([seed, 0]).multinomial(S, np.full(S, 1 / S), draws) / S
     weight_DP = np.random.default_rng([seed, 1]).multinomial(P, np.full(P, 1 / P), draws) / P
