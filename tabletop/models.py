@@ -23,11 +23,11 @@ from pathlib import Path
 
 from common import INSTRUCTION, Policy, Processor, forced, load_policy, read, save_policy, token_logps
 from harness.flags import UserError, of_the_world
-from tabletop.grids import PAPER, VERIFIERS, Spec, question
+from tabletop.grids import PAPER, VERIFIERS, Spec, answer, cells, name_of, part_at_place, question
 from tabletop.habits import lessons, other_hand
 from tabletop.pictures import draw
 from tabletop.problems import spec_of
-from tabletop.traces import FILLERS, traces
+from tabletop.traces import FILLERS, LOOK, traces
 from tabletop.worlds import WORLDS, World
 
 import torch
@@ -122,9 +122,9 @@ RECIPES = {
     "toy-think-fillers": derived("toy-think-fillers"),
     "toy-ways-same": derived("toy-ways-same"),
     "toy-ways-parts": derived("toy-ways-parts"),
-    "toy-two-skills": derived("toy-two-skills", splits=("practice", "places")),
+    "toy-two-skills": derived("toy-two-skills", splits=("practice", "places", "places"), steps=170),
     "toy-teacher-hand": derived(
-        "toy-hand", size=TEACHER, start="toy-teacher", fades=(0.0, 0.6), muon=3e-3, adam=1e-3),
+        "toy-hand", size=TEACHER, start="toy-teacher", fades=(0.0, 0.6), steps=200),
 }
 NAMES = tuple(RECIPES)
 SHIPPED = ("toy", "toy-teacher")
@@ -263,12 +263,15 @@ def _training_texts(words):
 
 
 def _texts_of_other_worlds():
-    """Filler words, the second skill, and the other hand."""
+    """Filler words, the second skill in short, and the other hand. The shipped weights hang on these words."""
     rng = random.Random("words")
     texts = [f" {filler}" for filler in FILLERS for _ in range(300)]  # often enough to be one token each
     for index in range(200):
         spec = spec_of("places", index)
-        texts += [question(spec), *traces(spec).values()]
+        cell = name_of(dict(cells(spec))[spec.place])
+        part = part_at_place(spec)[1]
+        letter = answer(spec)
+        texts += [question(spec), f"<think>{LOOK} {spec.place}: {cell}, so {part} {letter}</think>\\boxed{{{letter}}}"]
         spec = spec_of("practice", index)
         texts += [other_hand(spec, name, rng) for name in traces(spec)]
     return texts

@@ -68,12 +68,23 @@ def trace(
 def _thought(spec, style_name, concluded, filler):
     """What stands between the think tags, in the style `style_name`."""
     if style_name == "look":
-        _, part = part_at_place(concluded)
-        cell = dict(cells(spec))[spec.place]
-        return f"{LOOK} {spec.place}: {name_of(cell)}, so {part} {answer(concluded)}"
+        return f"{LOOK} {spec.place}: {_up_to_the_place(spec)}, so {part_at_place(concluded)[1]} {answer(concluded)}"
     heading, target = sought(spec, style_name)
     lines = [" ".join(line) for line in reading(spec, style_name, target, filler)]
     return f"{STYLES[style_name]} {heading}: {'; '.join(lines)}{conclusion(concluded)}"
+
+
+def _up_to_the_place(spec):
+    """Every cell with its place, row by row, up to the one that is asked about."""
+    lines = []
+    for row in _lines(spec, "look"):
+        words = []
+        lines.append(words)
+        for place, cell in row:
+            words.append(f"{place} {EMPTY if cell is None else name_of(cell)}")
+            if place == spec.place:
+                return "; ".join(" ".join(line) for line in lines)
+    raise ValueError(f"there is no {spec.place} in the grid")
 
 
 def sought(spec: Spec, style_name: str) -> tuple[str, tuple]:

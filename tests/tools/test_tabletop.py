@@ -134,6 +134,10 @@ def test_the_second_skill_asks_for_what_stands_at_a_place(split):
         assert problem["answer"] in {letters.get(part) for part in shown}
         assert common.grade(problem, problem["trace"]) == 1.0
         assert problem["style"] == style(problem["trace"]) == "look"
+        named = re.findall(r"([a-d][1-4]) (none|\w+ \w+)", problem["trace"].partition(":")[2])
+        assert named[-1] == (spec.place, " ".join(shown))
+        expected = [(place, "none" if cell is None else " ".join(cell)) for place, cell in cells(spec)]
+        assert named == expected[:len(named)]
         assert problem["images"][0].tobytes() == draw(spec).tobytes()  # clear, though the world is faded
 
 
