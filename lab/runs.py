@@ -42,6 +42,9 @@ Spec = namedtuple("Spec", "script flags start needs tokens seeds last",
 # a first guess, for --plan: what is finished corrects them.
 SECONDS = {
     "grpo.py": (10, 4.2),
+    "forks/gspo.py": (10, 4.2),
+    "forks/dapo.py": (10, 4.5),
+    "forks/dr_grpo.py": (10, 4.2),
     "vepo.py": (10, 5.0),
     "lab/oracle.py": (10, 5.0),
     "mupo.py": (10, 4.1),

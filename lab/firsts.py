@@ -1,0 +1,104 @@
+"""What every script learns on the tabletop with its own settings: nobody's flags, three seeds.
+
+    python lab/firsts.py             about an hour on two cores; resumable, as the studies are
+    python lab/firsts.py --seeds 1   the first seed alone
+
+Writes results/firsts.json (held-out pass@1 before and after, with intervals) and results/firsts.png (the curves of
+training), and prints the table. The runs are in runs/firsts. The problems are those of `toy@test`, by which the
+settings were chosen, with seed 0. A run has one core here, so its seconds are not those of a laptop.
+"""
+
+import argparse
+import importlib
+import json
+import os
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, Python looks in lab/, not in the root
+
+from harness.flags import Parser, UserError, at_least
+from harness.run import check_writable, write_atomically
+from lab import logs, pictures, runs
+
+REINFORCED = ("grpo", "vepo", "mupo", "forks/gspo", "forks/dapo", "forks/dr_grpo")
+WARM_STARTS = ("opd", "sft")
+COLOURS = {"grpo": "grpo", "vepo": "vepo", "mupo": "mupo", "gspo": "other", "dapo": "sft", "dr_grpo": "opd"}
+SEEDS = 3
+
+
+def specs_of(seeds):
+    """{name: Spec} of the runs. The one flag that they are given is the number of steps, as each script has it."""
+    found = {}
+    for script in (*REINFORCED, *WARM_STARTS):
+        toy = importlib.import_module(script.replace("/", ".")).TOY
+        name = script.rpartition("/")[2]
+        found[name] = runs.Spec(f"{script}.py", dict(max_steps=toy["max_steps"]), seeds=tuple(range(1, seeds + 1)))
+    return found
+
+
+def row_of(bench, name, seed):
+    """What one run learned: {script, seed, steps, before and after: [pass@1, low, high]}."""
+    rows = logs.load(bench.folder(name, seed), "metrics.jsonl", ["step"])
+    measured = [row for row in rows if "eval_accuracy" in row]
+    done = bench.job(name, seed)
+    return dict(
+        script=done["script"], seed=seed, steps=rows[-1]["step"], before=interval_of(measured[0]),
+        after=interval_of(measured[-1]), code=done["code"])
+
+
+def interval_of(row):
+    """The held-out pass@1 that a row of metrics.jsonl holds, with its interval."""
+    return [row["eval_accuracy"], row["eval_low"], row["eval_high"]]
+
+
+def show(rows):
+    """The table, as Markdown."""
+    lines = ["| command | before | after |", "|---|---|---|"]
+    for row in rows:
+        before = "{:.3f} [{:.3f}, {:.3f}]".format(*row["before"])
+        after = "{:.3f} [{:.3f}, {:.3f}]".format(*row["after"])
+        lines.append(f"| `python {row['script']} --seed {row['seed']}` | {before} | {after} |")
+    return "\n".join(lines)
+
+
+def draw(bench, path):
+    """The accuracy on training problems along the way, of all scripts that have a reward."""
+    folders = {}
+    for name in COLOURS:
+        folders[name] = [bench.folder(name, seed) for seed in bench.specs[name].seeds]
+    colours = {name: pictures.PALETTE[colour] for name, colour in COLOURS.items()}
+    return pictures.overlay(
+        folders, path, keys=["accuracy", "entropy"], headline="Faded pictures, learned: every script's own settings",
+        colours=colours)
+
+
+def main(args):
+    place = Path(args.output)
+    check_writable(str(place), "--output")
+    bench = runs.Bench(runs.ROOT / "runs" / "firsts", specs_of(args.seeds), args.jobs)
+    bench.make_all("firsts")
+    rows = [row_of(bench, name, seed) for name, spec in bench.specs.items() for seed in spec.seeds]
+    place.mkdir(parents=True, exist_ok=True)
+    write_atomically(place / "firsts.json", json.dumps(rows, indent=1) + "\n")
+    draw(bench, place / "firsts.png")
+    print(show(rows))
+
+
+def parse(argv=None):
+    parser = Parser("firsts", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=at_least(1), default=SEEDS, help="the first so many seeds of each script")
+    parser.add_argument("--jobs", type=at_least(1), default=os.cpu_count(), help="runs at the same time, a core each")
+    parser.add_argument("--output", default="results", help="folder for firsts.json and firsts.png")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    try:
+        main(parse())
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("stopped; run the same command again to continue", file=sys.stderr)
+        os._exit(130)  # at once: the threads that wait for the runs would hold up an ordinary exit
