@@ -18,7 +18,7 @@ QUICK_STEPS = 3  # of a quick study, which shows that everything works
 QUICK_COUNT = 16  # problems of a quick study, from the split `test`: nobody sees `fresh` by trying
 
 # Tokens of an answer, at most. Fillers take room and another hand writes more: no answer is to be cut for its manner.
-LENGTH = {"doubt": 80, "ways": 64, "stage1": 160}
+LENGTH = {"doubt": 80, "ways": 64, "stage1": 160, "sft_or_rl": 160}
 # What all arms of reinforcement learning share. 16 steps: the arms of a first trial differed most after 15 to 20.
 RL = dict(
     eval_dataset="none", prompts_per_step=64, num_generations=8, updates_per_step=4, learning_rate=2e-4,
@@ -185,6 +185,33 @@ def stage1():
     return found
 
 
+# --- sft_or_rl: is it worth imitating first? --------------------------------------------------------------------------
+
+HANDS = ("toy", "toy-hand")  # the teacher's traces in the student's manner, or in another
+BEFORE_RL = ("sft", "overtrained")
+
+
+def arms_of_hand(world):
+    """{arm: Spec} of one world: the same GRPO from the base, and behind each SFT. These are runs of stage1, but one."""
+    found = arms_of_stage1(world)
+    for start in WARM_STARTS:
+        if start not in BEFORE_RL:
+            del found[f"{start}-grpo"]
+    found["grpo"] = Spec(
+        "grpo.py", RL_AFTER | dict(model=WORLDS[world].base, dataset=f"{world}@train"), seeds=FIVE)
+    return found
+
+
+def sft_or_rl():
+    """The study of imitation before reinforcement."""
+    found = {}
+    for world in HANDS:
+        found |= with_measurements(
+            world, arms_of_hand(world), problems=128, samples=16, ks="1,2,4,8,16", outside=OUTSIDE[world],
+            base=WORLDS[world].base)
+    return found
+
+
 # --- measurements -----------------------------------------------------------------------------------------------------
 
 
@@ -204,14 +231,16 @@ def with_measurements(world, arms, *, problems, samples, ks, outside="", base=""
     return found
 
 
-STUDIES = {"doubt": doubt, "ways": ways, "stage1": stage1}
+STUDIES = {"doubt": doubt, "ways": ways, "stage1": stage1, "sft_or_rl": sft_or_rl}
 # What the table of a study keeps of every problem's answers (lab/measures.py).
 COLUMNS = {
     "doubt": ("right", "distinct", "entropy"),
     "ways": ("right", "distinct", "entropy", "diversity"),
     "stage1": ("right", "distinct", "entropy", "length"),
+    "sft_or_rl": ("right", "distinct", "length", "hesitations"),
 }
-AGREEING = {"doubt": (), "ways": ("base", "grpo", "mupo"), "stage1": ()}  # arms whose clusters are compared with styles
+# Arms whose clusters are compared with styles.
+AGREEING = {"doubt": (), "ways": ("base", "grpo", "mupo"), "stage1": (), "sft_or_rl": ()}
 
 
 def specs_of(study, seeds=5, quick=False):

@@ -176,6 +176,8 @@ FORGETS = (("present", ("toy-two-skills",)), ("absent", ("toy",)), ("absent", ("
 HANDS = (("present", ("toy-hand",)), ("absent", ("toy",)), ("absent", ("toy-two-skills",)))
 SFT = ("sft", "overtrained")
 ENDS = (("opd", "sft"), ("opd", "overtrained"), ("sft", "overtrained"))
+ANOTHER_HAND = "the traces are in another hand"
+IMITATED = (("present", ("toy-hand",)), ("absent", ("toy",)))
 LOSES = "over-trained SFT loses out of domain, early-stopped SFT does not"
 
 CLAIMS = {
@@ -293,7 +295,7 @@ CLAIMS = {
             id="S1",
             paper="2606.09059",
             claim="OPD enters RL with a higher entropy than either SFT, and keeps it",
-            premise="the traces are in another hand",
+            premise=ANOTHER_HAND,
             positions=HANDS,
             tests=(
                 *(Gap("entropy", "opd", other) for other in SFT),
@@ -304,7 +306,7 @@ CLAIMS = {
             id="S2",
             paper="2606.09059",
             claim="at the start OPD has a higher pass@16 and more distinct answers than either SFT",
-            premise="the traces are in another hand",
+            premise=ANOTHER_HAND,
             positions=HANDS,
             tests=tuple(Gap(key, "opd", other) for key in ("pass@16", "distinct") for other in SFT),
         ),
@@ -339,6 +341,35 @@ CLAIMS = {
             tests=(
                 Gap("pass@1", "overtrained-grpo", "base", side="below", split="out"),
                 Gap("pass@1", "sft-grpo", "base", bound=-MARGIN, split="out"),
+            ),
+        ),
+    ),
+    "sft_or_rl": (
+        Claim(
+            id="V1",
+            paper="2504.11468",
+            claim="early-stopped SFT before RL ends below RL alone",
+            premise=ANOTHER_HAND,
+            positions=IMITATED,
+            tests=(Gap("pass@1", "sft-grpo", "grpo", side="below"),),
+        ),
+        Claim(
+            id="V1 over-trained",
+            paper="2504.11468",
+            claim="over-trained SFT before RL ends below RL alone",
+            premise=ANOTHER_HAND,
+            positions=IMITATED,
+            tests=(Gap("pass@1", "overtrained-grpo", "grpo", side="below"),),
+        ),
+        Claim(
+            id="V2",
+            paper="2504.11468",
+            claim="SFT brings long, hesitant answers, and RL does not remove them",
+            premise=ANOTHER_HAND,
+            positions=IMITATED,
+            tests=tuple(
+                Gap(key, one, other)
+                for one, other in (("sft", "base"), ("sft-grpo", "grpo")) for key in ("length", "hesitations")
             ),
         ),
     ),

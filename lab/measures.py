@@ -203,6 +203,7 @@ def columns(rows, kept, *, agree):
             distinct=int(numbers["distinct"]),
             entropy=round(float(numbers["entropy"]), 3),
             length=round(float(numbers["length"]), 1),
+            hesitations=round(float(numbers["hesitations"]), 3),
         )
         if "diversity" in kept:
             values["diversity"] = round(diversity(row["texts"]), 4)

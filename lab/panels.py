@@ -53,6 +53,7 @@ SHOWN = {  # the arms of a picture, from the top
     "doubt": ("base", "all", "entropy", "vepo", "vepo-half", "jsd", "random", "oracle"),
     "ways": ("base", "grpo", "mupo-2", "mupo", "mupo-5", "no-bonus"),
     "stage1": ("base", "opd", "sft", "overtrained"),
+    "sft_or_rl": ("base", "sft", "overtrained"),
 }
 
 
@@ -71,10 +72,16 @@ def mean_interval(table, world, arm, key, split="in"):
 
 
 def panel(table, study, world, title, *, key, split="in"):
-    """A panel of pictures.dots: a measure of every arm of a world, after RL too if there is such an arm."""
+    """A panel of pictures.dots: a measure of every arm of a world, after RL too if there is such an arm.
+
+    What RL makes of the base itself is the arm `grpo`, not `base-grpo`.
+    """
     lines = []
     for arm in SHOWN[study]:
-        both = [one for one in (arm, f"{arm}-grpo") if one in table["answers"][world]]
+        after = f"{arm}-grpo"
+        if study == "sft_or_rl" and arm == "base":
+            after = "grpo"
+        both = [one for one in (arm, after) if one in table["answers"][world]]
         intervals = [mean_interval(table, world, one, key, split=split) for one in both]
         lines.append((name_of(arm), colour_of(arm), intervals))
     unit = "%" if key.startswith("pass@") else ""
@@ -149,6 +156,20 @@ def draw_stage1(table, rows, bench, place):
     return [one]
 
 
+def draw_sft_or_rl(table, rows, bench, place):
+    panels = []
+    for world in arms.HANDS:
+        panels += [
+            panel(table, "sft_or_rl", world, f"{WORLDS[world]}: pass@1", key="pass@1"),
+            panel(table, "sft_or_rl", world, "pass@1 out of domain", key="pass@1", split="out"),
+            panel(table, "sft_or_rl", world, "tokens of an answer", key="length"),
+            panel(table, "sft_or_rl", world, "hesitations in an answer", key="hesitations"),
+        ]
+    one = pictures.dots(panels, place / "sft_or_rl.png", "Hollow: before RL. Full: after the same GRPO",
+                        caption_of(rows, table), columns=4)
+    return [one]
+
+
 def draw_curves(bench, world, names, path, *, keys):
     """Draws metrics of some arms of a world over the training steps; returns the path."""
     runs = {}
@@ -160,4 +181,4 @@ def draw_curves(bench, world, names, path, *, keys):
     return report.overlay(runs, path, keys=keys, headline=WORLDS[world].capitalize(), colours=colours)
 
 
-DRAW = {"doubt": draw_doubt, "ways": draw_ways, "stage1": draw_stage1}
+DRAW = {"doubt": draw_doubt, "ways": draw_ways, "stage1": draw_stage1, "sft_or_rl": draw_sft_or_rl}

@@ -3,6 +3,7 @@
     python lab/study.py doubt              which tokens to credit (VEPO, arXiv 2606.03937)
     python lab/study.py ways               what becomes of the many ways of thinking (MUPO, arXiv 2604.00479)
     python lab/study.py stage1             which warm start, and what it leaves behind (arXiv 2606.09059)
+    python lab/study.py sft_or_rl          is it worth imitating first? (VLAA-Thinker, arXiv 2504.11468)
     python lab/study.py doubt ways --plan  what would be run, and how long it would take; runs nothing
     python lab/study.py doubt --quick      a few steps and problems, to see it work; no number of it means anything
 
@@ -56,12 +57,12 @@ def study(name, args, place):
 def plan(args):
     """What --plan prints: the runs of each study, then how long all of them take."""
     text = ""
-    total = 0.0
+    every = {}
     for name in args.studies:
         specs = arms.specs_of(name, args.seeds, args.quick)
         text += f"{name}\n{runs.plan(specs, args.jobs)}\n\n"
-        total += runs.core_seconds(specs)
-    return text + f"all of it: about {runs.in_words(total / args.jobs)}"
+        every |= specs  # a run that two studies speak of is made once
+    return text + f"all of it: about {runs.in_words(runs.core_seconds(every) / args.jobs)}"
 
 
 def folder_of_runs(args):
