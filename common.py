@@ -35,9 +35,10 @@ from harness.answers import (
 )
 from harness.attention import NAME as PACKED_ROWS
 from harness.attention import pack_rows
-from harness.cache import ON_A_CPU, answers_that_fit, block_cache, bytes_of_answer, waves
+from harness.cache import block_cache, wave_size, waves
 from harness.disk import room_for, written_beside
-from harness.flags import INSTRUCTION, UserError, is_toy, of_the_world
+from harness.flags import UserError, is_toy, of_the_world
+from harness.processor import Processor, loading, make_processor
 from harness.prompts import chat
 from harness.rollout import Prompts, Rollout, name_of
 from harness.run import Run, bootstrap, generator
@@ -47,10 +48,9 @@ import torch
 import torch.distributed as dist
 import transformers
 from accelerate import init_empty_weights
-from safetensors import SafetensorError
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer, DynamicCache
+from transformers import AutoConfig, AutoModelForImageTextToText, DynamicCache
 
 LOGITS = 2**25  # fp32 logits that exist at a time, 0.13 GB: at V = 152k the head meets 220 positions at once
 PAGE = 2**20  # bytes, about what the page of a run and its pictures take
@@ -60,19 +60,6 @@ VISION_TOKENS = ["<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|imag
 
 
 # === load =============================================================================================================
-
-
-class Processor(transformers.Qwen2_5_VLProcessor):
-    """Qwen2_5_VLProcessor without its video half, the only part of it that demands torchvision.
-
-    system_prompt and instruction: what a prompt begins with, and what stands behind its problem.
-    """
-
-    system_prompt = ""
-    instruction = INSTRUCTION
-
-    def __init__(self, image_processor=None, tokenizer=None):
-        super().__init__(image_processor, tokenizer, chat_template=tokenizer.chat_template)
 
 
 class Policy(transformers.Qwen2_5_VLForConditionalGeneration):
@@ -161,12 +148,11 @@ def load_policy(
     if args is None and run is not None:
         args = run.args
     folder = find_model(name, run)
-    try:
+    with loading(name):
         config = AutoConfig.from_pretrained(folder)
         if config.model_type != "qwen2_5_vl":
             raise UserError(f"model {name} is a {config.model_type}; only Qwen2.5-VL (qwen2_5_vl) is read here")
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        image_processor = AutoImageProcessor.from_pretrained(folder)
+        processor = make_processor(folder, args)
         own_dtype = config.dtype or torch.float32
         dtype = own_dtype
         if train:
@@ -175,43 +161,22 @@ def load_policy(
             policy = load_shards(folder, config, dtype, run.device)
         else:
             policy = load_whole(folder, dtype)
-    except (OSError, ValueError, SafetensorError) as error:
-        reason = " ".join(str(error).split())[:120]
-        raise UserError(f"model {name} is no folder or name of a model that can be loaded: {reason}") from None
     policy.own_dtype = own_dtype  # it will be saved as what it was
-    policy.set_vocabulary(tokenizer)
+    policy.set_vocabulary(processor.tokenizer)
     policy.requires_grad_(train)
     policy.model.visual.requires_grad_(train and args.train_vision)
     recompute = train and args.gradient_checkpointing
     policy.train(recompute)  # in eval mode the model silently would not recompute
     if recompute:
         policy.activation_checkpointing_enable()
-    return policy, make_processor(image_processor, tokenizer, args)
-
-
-def make_processor(
-    image_processor: transformers.BaseImageProcessor, tokenizer: transformers.PreTrainedTokenizerBase,
-    args: Namespace | None,
-) -> Processor:
-    """The processor with the pixel budget and the texts of a prompt that `args` asks for (None: the defaults)."""
-    args = args or of_the_world()
-    image_processor.size = dict(shortest_edge=args.min_pixels, longest_edge=args.max_pixels)  # trap: pixel budget
-    processor = Processor(image_processor, tokenizer)
-    processor.system_prompt = args.system_prompt
-    processor.instruction = args.instruction
-    return processor
+    return policy, processor
 
 
 def load_processor(name: str, run: Run) -> Processor:
     """The processor of a model without the model, for whoever only looks at prompts."""
     folder = find_model(name, run)
-    try:
-        image_processor = AutoImageProcessor.from_pretrained(folder)
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:120]
-        raise UserError(f"model {name} has no processor that can be loaded: {reason}") from None
-    return make_processor(image_processor, tokenizer, run.args)
+    with loading(name):
+        return make_processor(folder, run.args)
 
 
 def tabletop():
@@ -284,21 +249,11 @@ def load_problems(spec: str, run: Run | None = None) -> Sequence[dict]:
     problems. Every row is checked here, so that training does not stop at row 30,000. Raises UserError, naming row,
     column and value. With `run`, its --verifiers and --skip_bad_rows leave rows out, which is said.
     """
-    if spec == "none":
-        return []
-    parts = {}
-    for one in spec.split(","):
-        name = one.partition(":")[0]
-        if name in parts:
-            raise UserError(f"data set {spec} names {name} twice; give it once, with a higher count")
-        parts[name] = load_data_set(one, run)
-    if len(parts) == 1:
-        return parts[name]
-    return data_sets.Mixture(parts)
+    return data_sets.mixed(spec, lambda one: load_data_set(one, run))
 
 
 def load_data_set(spec: str, run: Run | None) -> Sequence[dict]:
-    """The problems of one data set; see load_problems."""
+    """The problems of one data set, of the tabletop or from elsewhere; see load_problems."""
     args = run.args if run else of_the_world()
     asked = data_sets.parse_spec(spec)
     if is_toy(asked.name):
@@ -388,16 +343,6 @@ def sample(
     ids = [row[:length] for row, length in zip(rollout.tokens_BT.tolist(), lengths, strict=True)]
     rollout.texts = processor.tokenizer.batch_decode(ids, skip_special_tokens=True)
     return rollout
-
-
-def wave_size(policy: Policy, rollout: Rollout, generations: int) -> int:
-    """How many answers of a blank rollout may be decoded together. Asked when the weights are gathered already."""
-    if policy.device.type == "cpu":
-        return ON_A_CPU
-    prompt = max((len(ids) for ids in rollout.prompts.ids), default=0)
-    answer = rollout.tokens_BT.shape[1]
-    need = bytes_of_answer(policy.config, policy.dtype, prompt=prompt, answer=answer, generations=generations)
-    return answers_that_fit(need, policy.device)
 
 
 def cut_to_longest(rollout: Rollout):

@@ -8,6 +8,7 @@
     rollout      answers and what they answer, as data
     updates      which answers share a forward pass, and what becomes of a loss
     problems     data sets by name or by path, checked row by row
+    processor    tokenizer and image processor, as a checkpoint ships them
     prompts      what a prompt is made of; all prompts checked before a run begins
     traces       answers that were written elsewhere
     answers      reading an answer; when two answers mean the same

@@ -7,8 +7,10 @@ before, also leave the memory in pieces that nothing else fits into.
 import itertools
 import math
 
+from harness.rollout import Rollout
+
 import torch
-from transformers import DynamicCache, PreTrainedConfig
+from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 BLOCK = 64  # places
@@ -98,6 +100,16 @@ def bytes_of_answer(
     patch = 3 * vision.intermediate_size + 8 * vision.hidden_size
     reading = prompt * (token + patch * vision.spatial_merge_size**2) * dtype.itemsize
     return max(decoding, reading // generations)
+
+
+def wave_size(policy: PreTrainedModel, rollout: Rollout, generations: int) -> int:
+    """How many answers of a blank rollout may be decoded together. Asked when the weights are gathered already."""
+    if policy.device.type == "cpu":
+        return ON_A_CPU
+    prompt = max((len(ids) for ids in rollout.prompts.ids), default=0)
+    answer = rollout.tokens_BT.shape[1]
+    need = bytes_of_answer(policy.config, policy.dtype, prompt=prompt, answer=answer, generations=generations)
+    return answers_that_fit(need, policy.device)
 
 
 def answers_that_fit(need: int, device: torch.device) -> int:

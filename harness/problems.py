@@ -7,7 +7,7 @@ knows them by name.
 import logging
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -140,6 +140,24 @@ def parse_spec(spec: str) -> DataSpec:
     if count == 0:
         raise UserError(message)
     return DataSpec(name, split, count)
+
+
+def mixed(spec: str, load_one: Callable[[str], Sequence]) -> Sequence[dict]:
+    """The problems of one data set, of several with commas between, or of "none"; load_one reads a name@split:count.
+
+    Raises UserError where a data set is named twice.
+    """
+    if spec == "none":
+        return []
+    parts = {}
+    for one in spec.split(","):
+        name = one.partition(":")[0]
+        if name in parts:
+            raise UserError(f"data set {spec} names {name} twice; give it once, with a higher count")
+        parts[name] = load_one(one)
+    if len(parts) == 1:
+        return parts[name]
+    return Mixture(parts)
 
 
 def read_verifiers(names: str) -> set[str]:

@@ -44,7 +44,7 @@ import mupo
 import vepo
 from common import Policy, Reading, encode, find_model, load_policy, load_problems, read, sample, token_logps
 from harness import embedding
-from harness.flags import Parser, UserError, at_least, parse_args
+from harness.flags import INSTRUCTION, Parser, UserError, at_least, parse_args
 from harness.rollout import Rollout
 from harness.run import Run, check_writable, generator, write_atomically
 from harness.updates import micro_batches
@@ -466,7 +466,7 @@ def trl_trainer(args, problems):
         save_strategy="no", logging_strategy="no", disable_tqdm=True)
     rows = []
     for problem in problems:
-        message = dict(role="user", content=f"{problem['problem']}\n{common.INSTRUCTION}")
+        message = dict(role="user", content=f"{problem['problem']}\n{INSTRUCTION}")
         rows.append(dict(prompt=[message], images=problem["images"]))
     trainer = trl.GRPOTrainer(
         policy.requires_grad_(True), even_lengths, config, Dataset.from_list(rows), processing_class=processor)

@@ -21,8 +21,8 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from common import INSTRUCTION, Policy, Processor, forced, load_policy, read, save_policy, token_logps
-from harness.flags import UserError, of_the_world
+from common import Policy, Processor, forced, load_policy, read, save_policy, token_logps
+from harness.flags import INSTRUCTION, UserError, of_the_world
 from tabletop.grids import PAPER, VERIFIERS, Spec, answer, cells, name_of, part_at_place, question
 from tabletop.habits import lessons, other_hand
 from tabletop.pictures import draw

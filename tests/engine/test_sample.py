@@ -5,7 +5,7 @@ import math
 
 import common
 from common import encode, read, sample, token_entropy, token_logps
-from harness.flags import of_the_world
+from harness.flags import INSTRUCTION, of_the_world
 from harness.prompts import check_prompts
 
 import pytest
@@ -354,9 +354,9 @@ def test_the_texts_around_a_problem(folder, problems):
         return common.chat(processor, problems[4])
 
     plain = prompt()
-    assert plain.endswith(f"Go.\n{common.INSTRUCTION}<|im_end|>\n<|im_start|>assistant\n")
+    assert plain.endswith(f"Go.\n{INSTRUCTION}<|im_end|>\n<|im_start|>assistant\n")
     bare = prompt(instruction="")
-    assert bare == plain.replace("\n" + common.INSTRUCTION, "")
+    assert bare == plain.replace("\n" + INSTRUCTION, "")
     told = prompt(system_prompt="Answer in <answer> tags.", instruction="Be brief.")
     assert told.startswith("<|im_start|>system\nAnswer in <answer> tags.<|im_end|>\n<|im_start|>user\n")
     assert "Go.\nBe brief.<|im_end|>" in told

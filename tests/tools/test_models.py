@@ -6,6 +6,7 @@ import json
 import re
 
 import common
+from harness.flags import INSTRUCTION
 from tabletop import habits, models, pictures
 from tabletop.grids import COLOURS, EMPTY, OTHER, SHAPES, Spec
 from tabletop.habits import lessons
@@ -23,6 +24,15 @@ FIRST_LOSSES = {
     "toy-short": [6.314268589019775, 6.254275798797607],
     "toy-teacher-short": [6.5145487785339355, 6.4411540031433105],
 }
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_tokenizer():
+    """The tokenizer of some words is trained once for all tests here: half a second, and each key needs it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(models, "make_tokenizer", functools.cache(models.make_tokenizer))
+        yield
+
 
 # --- tokenizer and prompt ---------------------------------------------------------------------------------------------
 
@@ -45,7 +55,7 @@ def test_one_tokenizer_holds_the_words_of_all_worlds(processor):
 
 def test_any_text_survives_the_tokenizer(processor):
     tokenizer = processor.tokenizer
-    for text in (traces(spec_of("train", 0))["marks"], common.INSTRUCTION, "Żółw 龜 🐢\n\t<|im_end|>"):
+    for text in (traces(spec_of("train", 0))["marks"], INSTRUCTION, "Żółw 龜 🐢\n\t<|im_end|>"):
         assert tokenizer.decode(tokenizer(text).input_ids) == text
 
 
@@ -60,7 +70,7 @@ def test_traces_are_short(processor):
 
 def test_the_tokenizer_is_the_same_every_time(processor):
     tokenizer = processor.tokenizer
-    again = models.make_tokenizer()
+    again = models.make_tokenizer.__wrapped__()
     assert again.get_vocab() == tokenizer.get_vocab()
     assert 300 < len(tokenizer) < 512
     assert again("none of it").input_ids == tokenizer("none of it").input_ids
@@ -70,7 +80,7 @@ def test_prompt_has_qwens_shape(processor):
     text = common.chat(processor, dict(images=[None], problem="Why?"))
     assert text == (
         "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
-        "<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>Why?\n" + common.INSTRUCTION + "<|im_end|>\n"
+        "<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>Why?\n" + INSTRUCTION + "<|im_end|>\n"
         "<|im_start|>assistant\n")
     own_system = [dict(role="system", content="Be brief."), dict(role="user", content="Hi")]
     assert processor.tokenizer.apply_chat_template(own_system, tokenize=False) == (
@@ -221,7 +231,6 @@ def test_two_builds_at_once_do_not_clash(cache, monkeypatch):
 
 def test_the_name_of_a_model_follows_its_recipe(monkeypatch):
     """And its seed, the words, the drawings, the shape and its start: no stale model is found after an edit to any."""
-    monkeypatch.setattr(models, "make_tokenizer", functools.cache(models.make_tokenizer))  # slow
     recipe = models.RECIPES["toy-see"]
     key = models.key_of(recipe)
     assert key == models.key_of(dataclasses.replace(recipe))
