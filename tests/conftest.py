@@ -1,9 +1,13 @@
 """What the tests share: a small untrained model in the hub's layout, and problems with pictures of several sizes."""
 
+import functools
+import json
 import os
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -70,9 +74,49 @@ def problems():
     ]
 
 
+@functools.cache
+def starter():
+    """The server of starter.py. It ends with its stdin, which ends with this process at the latest."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    return subprocess.Popen([sys.executable, str(ROOT / "tests" / "starter.py")], env=environment, text=True,
+                            stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+
+
+def pytest_sessionfinish():
+    if starter.cache_info().currsize:
+        starter().communicate()
+
+
+def free_port():
+    with socket.socket() as some:
+        some.bind(("localhost", 0))
+        return some.getsockname()[1]
+
+
 def run_script(*command, timeout=300, processes=1, cwd=ROOT, **environment):
-    """Runs `python command...` from the project's root (or under torchrun), and returns what came of it."""
-    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes)] if processes > 1 else []
+    """Runs `python command...` from the project's root, `processes` times, and returns what came of it.
+
+    Several processes find each other as under torchrun. returncode is that of the first one that failed, or 0.
+    """
     env = os.environ | {"ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT), "TQDM_DISABLE": "1"} | environment
-    return subprocess.run([sys.executable, *launcher, *map(str, command)], cwd=cwd, env=env, timeout=timeout,
-                          capture_output=True, text=True)
+    if processes > 1:
+        env |= dict(WORLD_SIZE=str(processes), LOCAL_WORLD_SIZE=str(processes), MASTER_ADDR="localhost",
+                    MASTER_PORT=str(free_port()), OMP_NUM_THREADS="1")
+    with tempfile.TemporaryDirectory() as place:
+        files = dict(stdout=f"{place}/stdout", stderr=f"{place}/stderr")
+        order = dict(command=[str(word) for word in command], environment=env, cwd=str(cwd), processes=processes,
+                     timeout=timeout, **files)
+        starter().stdin.write(json.dumps(order) + "\n")
+        starter().stdin.flush()
+        codes = json.loads(starter().stdout.readline())
+        said = {name: Path(path).read_text() for name, path in files.items()}
+    failed = [code for code in codes if code]
+    return subprocess.CompletedProcess(command, failed[0] if failed else 0, **said)
+
+
+def run_torchrun(*command, timeout=300, processes=2, cwd=ROOT, **environment):
+    """Runs `torchrun command...` from the project's root, and returns what came of it."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
+    env = os.environ | {"ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT), "TQDM_DISABLE": "1"} | environment
+    return subprocess.run([*launcher, *map(str, command)], cwd=cwd, env=env, timeout=timeout, capture_output=True,
+                          text=True)

@@ -19,6 +19,7 @@ import common
 import harness.run
 from harness.flags import ALL_TABLES, launch
 from harness.run import write_atomically
+from lab import report
 
 import torch
 from torch.distributed.tensor import DTensor
@@ -26,6 +27,11 @@ from torch.distributed.tensor import DTensor
 
 def even_length(problem, text):
     return float(len(text) % 2 == 0)
+
+
+def no_page(folder, pictures=None):
+    """Plays lab.report.finish, whose pictures take seconds."""
+    return "no page"
 
 
 def die(*args, **kwargs):
@@ -108,8 +114,8 @@ def load_script(name):
     return importlib.import_module(name)
 
 
-def go(name, *argv):
-    """One run in this process. Raises SystemExit as the command line would."""
+def go(name, *argv, page=False):
+    """One run in this process, which draws its `page` or none. Raises SystemExit as the command line would."""
     script = load_script(name)
     watch = Watch(script)
     stand_ins = dict(
@@ -121,18 +127,21 @@ def go(name, *argv):
     if "forced" in vars(script):
         stand_ins["forced"] = watch.answers(common.forced)
     ours = {key: value for key, value in stand_ins.items() if key in vars(script)}
-    with mock.patch.multiple(script, **ours):
+    finish = report.finish if page else no_page
+    with mock.patch.multiple(script, **ours), mock.patch.object(report, "finish", finish):
         launch(
             script.__name__, script.main, script.flags, doc=script.__doc__, recipe=script.RECIPE, toy=script.TOY,
             argv=[str(word) for word in argv], tables=vars(script).get("TABLES", ALL_TABLES))
 
 
-def measure(*argv):
-    """eval_passk.py in this process."""
+def measure(*argv, page=False):
+    """eval_passk.py in this process, which draws its picture or none."""
     script = importlib.import_module("eval_passk")
-    launch(
-        "eval_passk", script.main, script.flags, doc=script.__doc__, recipe=script.RECIPE, toy=script.TOY,
-        argv=[str(word) for word in argv], tables=script.TABLES)
+    draw = report.pass_at_k if page else no_page
+    with mock.patch.object(report, "pass_at_k", draw):
+        launch(
+            "eval_passk", script.main, script.flags, doc=script.__doc__, recipe=script.RECIPE, toy=script.TOY,
+            argv=[str(word) for word in argv], tables=script.TABLES)
 
 
 if __name__ == "__main__":

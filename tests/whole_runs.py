@@ -4,8 +4,6 @@ import importlib
 import json
 from pathlib import Path
 
-from lab import report
-
 import pytest
 import torch
 from conftest import run_script
@@ -27,15 +25,15 @@ SMALL = (
 )
 
 
-def drive(folder, place, *flags, script="grpo", processes=1, **environment):
+def drive(folder, place, *flags, script="grpo", processes=1, page=False, **environment):
     """One run of `script` (a name, or the path of a fork) on the model in `folder`. Returns its output folder.
 
-    A single process is this one; several are started by torchrun. A flag that is given twice has its last value.
+    A single process is this one; several are started by run_script. A flag that is given twice has its last value.
     """
     groups = () if script == "sft" else ("--num_generations", 3)
     command = (str(script), "--model", folder, "--output_dir", place, *SMALL, *groups, *flags)
     if processes == 1:
-        go(*command)
+        go(*command, page=page)
         return Path(place)
     done = run_script("tests/drive.py", *command, processes=processes, timeout=180, **environment)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -103,16 +101,10 @@ class Recorded:
         return result
 
 
-def no_page(folder, pictures=None):
-    """Plays lab.report.finish, whose pictures take seconds."""
-    return "no page"
-
-
 def drive_watching(function, folder, place, *flags, script):
-    """A run without a page, and one of its script's functions as Recorded."""
+    """A run, and one of its script's functions as Recorded."""
     module = importlib.import_module(script)
     recorded = Recorded(vars(module)[function])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, function, recorded)
-        patch.setattr(report, "finish", no_page)
         return drive(folder, place, *flags, script=script), recorded

@@ -14,7 +14,7 @@ from harness.flags import parse_args
 from harness.rollout import Prompts, Rollout
 from harness.run import Run
 from harness.updates import plan_updates
-from lab import bench, report
+from lab import bench
 
 import numpy as np
 import pytest
@@ -22,7 +22,7 @@ import torch
 from conftest import ROOT
 from drive import even_length
 from references import draw, finite_differences
-from whole_runs import Recorded, drive, drive_watching, gradient, metrics, no_page
+from whole_runs import Recorded, drive, drive_watching, gradient, metrics
 
 # --- sums, answer by answer and token by token ------------------------------------------------------------------------
 
@@ -463,7 +463,6 @@ def test_a_killed_run_goes_on_with_the_problems_that_come_next(folder, tmp_path,
         raise Killed
 
     monkeypatch.setattr("drive.die", die)
-    monkeypatch.setattr(report, "finish", no_page)
     flags = (*DYNAMIC, "--max_draws", 9, "--max_steps", 4, "--save_steps", 2, "--max_completion_length", 12)
     whole = drive(folder, tmp_path / "whole", *flags, script="forks.dapo")
     lines = metrics(whole)

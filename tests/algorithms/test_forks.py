@@ -115,7 +115,7 @@ def test_trap_early_break(capsys, folder, tmp_path, place, done):
     """A loop that is left by `break` leaves a model that can be loaded and a page, and says when it ended."""
     script = fork(tmp_path, (place, place + BREAK))
     flags = ("--eval_dataset", "none", "--updates_per_step", 1, "--max_completion_length", 8, "--max_steps", 5)
-    run = drive(folder, tmp_path / "run", *flags, "--save_steps", 1, script=script)
+    run = drive(folder, tmp_path / "run", *flags, "--save_steps", 1, script=script, page=True)
     assert f"ended after step {done} of 5" in capsys.readouterr().err
     assert [line["step"] for line in metrics(run)] == list(range(1, done + 1))
     assert (run / "curves.png").read_bytes()[:4] == b"\x89PNG"

@@ -370,7 +370,7 @@ def test_a_run_learns_and_leaves_the_teacher_as_it_was(folder, teacher_folder, t
 
 
 def test_a_run_ends_with_a_page(folder, teacher_folder, tmp_path):
-    place = drive(folder, tmp_path / "run", *ONE_STEP, "--teacher", teacher_folder, script="opd")
+    place = drive(folder, tmp_path / "run", *ONE_STEP, "--teacher", teacher_folder, script="opd", page=True)
     assert (place / "report.html").exists()
     assert (place / "curves.png").exists()
 

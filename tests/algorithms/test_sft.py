@@ -12,13 +12,12 @@ import common
 import harness.memory
 import sft
 from harness.problems import WithTraces
-from lab import report
 from tabletop import models
 
 import pytest
 import torch
 from references import brute_kl, finite_differences, one_more_word, plain_logits, random_logits
-from whole_runs import Recorded, drive, metrics, no_page, refusal
+from whole_runs import Recorded, drive, metrics, refusal
 
 # --- eq. (1): cross-entropy on the answer alone -----------------------------------------------------------------------
 
@@ -73,9 +72,8 @@ def test_a_run_stops_early(folder, tmp_path):
     assert (place / "model.safetensors").exists()
 
 
-def test_max_tokens_is_met_as_nearly_as_whole_steps_can(folder, tmp_path, monkeypatch):
+def test_max_tokens_is_met_as_nearly_as_whole_steps_can(folder, tmp_path):
     """The tokens of so many steps are nearer to the budget than those of any other number; never no step at all."""
-    monkeypatch.setattr(report, "finish", no_page)
     flags = (*FLAGS, "--eval_dataset", "none", "--loss_steps", 100)
     five_steps = metrics(drive(folder, tmp_path / "long", *flags, "--max_steps", 5, script="sft"))
     totals = list(itertools.accumulate(line["tokens"] for line in five_steps))
@@ -97,7 +95,6 @@ def has_a_space(problem, text):
 def taught(folder, tmp_path, monkeypatch):
     """The flags of a run that learns from a teacher, 3 answers to each of 24 problems, kept in traces.jsonl."""
     monkeypatch.setattr(sft, "format_reward", has_a_space)
-    monkeypatch.setattr(report, "finish", no_page)
     return (
         *FLAGS,
         "--teacher", folder,

@@ -22,7 +22,7 @@ import pytest
 import torch
 from drive import Watch
 from safetensors.torch import save_file
-from whole_runs import drive, metrics, no_page, refusal
+from whole_runs import drive, metrics, refusal
 
 FOUR_STEPS = (
     "--max_steps", 4, "--save_steps", 2, "--updates_per_step", 1, "--eval_dataset", "none", "--num_generations", 3)
@@ -121,23 +121,16 @@ def test_a_model_appears_whole_or_not_at_all(tmp_path, monkeypatch):
 # --- a run ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(autouse=True)
-def without_pages(monkeypatch):
-    monkeypatch.setattr(report, "finish", no_page)
-
-
 @pytest.fixture(scope="module")
 def whole(folder, tmp_path_factory):
     """A run that had room."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(report, "finish", no_page)
-        return drive(folder, tmp_path_factory.mktemp("whole") / "run", *FOUR_STEPS)
+    return drive(folder, tmp_path_factory.mktemp("whole") / "run", *FOUR_STEPS)
 
 
-def error_of(capsys, folder, place):
+def error_of(capsys, folder, place, page=False):
     """The one line with which a run on a full disk ends, with status 2."""
     with pytest.raises(SystemExit) as caught:
-        drive(folder, place, *FOUR_STEPS)
+        drive(folder, place, *FOUR_STEPS, page=page)
     assert caught.value.code == 2
     line, = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
     assert "make room, then give the same command with --resume" in line
@@ -188,7 +181,7 @@ def test_a_page_that_does_not_fit(folder, tmp_path, monkeypatch, capsys, whole):
 
     with monkeypatch.context() as patch:
         patch.setattr(report, "finish", finish)
-        line = error_of(capsys, folder, place)
+        line = error_of(capsys, folder, place, page=True)
     assert f"the page cannot be written to {place}: File too large; it needs 1.0 MB" in line
     assert (place / "checkpoint-4").exists()
     assert not list(place.glob(".*"))

@@ -1,7 +1,6 @@
 """Several processes: how long they wait for each other, and whose folder counts."""
 
 import os
-import socket
 import subprocess
 import sys
 import textwrap
@@ -11,7 +10,7 @@ from datetime import timedelta
 import harness.run
 
 import pytest
-from conftest import ROOT, run_script
+from conftest import ROOT, free_port, run_script, run_torchrun
 
 START = """
 import argparse, datetime, os, sys
@@ -27,11 +26,11 @@ def args(folder, resume=False):
 """
 
 
-def processes(tmp_path, body):
+def processes(tmp_path, body, start=run_script):
     """Runs `body` behind START in two processes."""
     path = tmp_path / "two.py"
     path.write_text(START + textwrap.dedent(body))
-    return run_script(path, processes=2, cwd=tmp_path, timeout=120)
+    return start(path, processes=2, cwd=tmp_path, timeout=120)
 
 
 def test_trap_collective_timeout(tmp_path):
@@ -43,12 +42,14 @@ def test_trap_collective_timeout(tmp_path):
         run = Run(args("run"))
         began = time.monotonic()
         if run.rank == 1:
-            time.sleep(4.5)
+            while not os.path.exists("over"):
+                time.sleep(0.01)
             sys.exit(0)
         try:
             run.gather(1)
         except Exception as error:
             print("gave up", 1 < time.monotonic() - began < 4, flush=True)
+            open("over", "w").close()
             os._exit(0)
     """)
     assert "gave up True" in done.stdout, done.stdout + done.stderr
@@ -103,7 +104,7 @@ LAST_WORDS = "error (rank 0): another process of this run has ended; its own las
 def test_a_process_that_dies_ends_the_others(tmp_path):
     """Killed while the other waits for it: the launcher comes back soon, with one line and no traceback of ours."""
     began = time.monotonic()
-    done = processes(tmp_path, DIES.format(waits="run.sum(1.0)"))
+    done = processes(tmp_path, DIES.format(waits="run.sum(1.0)"), start=run_torchrun)
     assert time.monotonic() - began < 60
     assert done.returncode == 1
     assert done.stderr.count(LAST_WORDS) == 1
@@ -115,9 +116,7 @@ def test_a_process_that_dies_on_another_node(tmp_path):
     """Two launchers, as on two nodes: the second node's process is killed, and the first node ends by itself."""
     path = tmp_path / "node.py"
     path.write_text(START + textwrap.dedent(DIES.format(waits="run.gather(1)")))
-    with socket.socket() as some:
-        some.bind(("localhost", 0))
-        port = some.getsockname()[1]
+    port = free_port()
     nodes = []
     for rank in (0, 1):
         command = [

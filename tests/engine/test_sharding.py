@@ -12,7 +12,6 @@ import sys
 import common
 import harness.sharding
 from harness.flags import of_the_world
-from lab import report
 from tabletop import models
 
 import drive as driver
@@ -23,7 +22,7 @@ from conftest import ROOT, run_script
 from references import draw
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
-from whole_runs import SMALL, assert_same_run, drive_watching, metrics, no_page
+from whole_runs import SMALL, assert_same_run, drive_watching, metrics
 
 FLAGS = ("--eval_dataset", "none", "--lr_scheduler_type", "constant", "--max_completion_length", 8)
 FOUR_STEPS = (*FLAGS, "--max_steps", 4, "--save_steps", 2)
@@ -93,7 +92,6 @@ def test_two_sharded_processes_give_the_run_of_one(folder, teacher_folder, tmp_p
 def one_of_two_processes(*argv):
     """Chunks of 8 positions and passes of 6 answers in the first process, 34 positions and 3 answers in the other."""
     rank = int(os.environ["RANK"])
-    report.finish = no_page
     common.LOGITS = [2**12, 2**14][rank]
     driver.go(*argv, "--micro_batch_size", [6, 3][rank])
 

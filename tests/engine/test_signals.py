@@ -7,12 +7,11 @@ import sys
 
 import common
 import harness.run
-from lab import report
 
 import pytest
 from conftest import ROOT
 from drive import go
-from whole_runs import SMALL, drive, metrics, no_page
+from whole_runs import SMALL, drive, metrics
 
 THREE_STEPS = (
     "--max_steps", 3, "--save_steps", 2, "--updates_per_step", 1, "--eval_steps", 2, "--num_generations", 2,
@@ -28,18 +27,15 @@ def end_as_usual(number, frame):
 
 
 @pytest.fixture(autouse=True)
-def usual_end(monkeypatch):
+def usual_end():
     for number in harness.run.SIGNALS:
         signal.signal(number, end_as_usual)
-    monkeypatch.setattr(report, "finish", no_page)
 
 
 @pytest.fixture(scope="module")
 def whole(folder, tmp_path_factory):
     """A run that nobody asked to end."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(report, "finish", no_page)
-        return drive(folder, tmp_path_factory.mktemp("whole") / "run", *THREE_STEPS)
+    return drive(folder, tmp_path_factory.mktemp("whole") / "run", *THREE_STEPS)
 
 
 def signal_at_call(monkeypatch, module, name, *, number, times=1, which=signal.SIGTERM):

@@ -2,12 +2,10 @@
 
 import json
 
-from lab import report
-
 import pytest
 from conftest import picture
 from drive import measure
-from whole_runs import drive, no_page, refusal
+from whole_runs import drive, refusal
 
 GOOD = dict(image="0.png", problem="How many?", answer="5", verifier="digit", trace="<think>a</think>\\boxed{5}")
 TOO_LONG = dict(GOOD, problem="How many? " * 200)
@@ -19,8 +17,7 @@ LONGEST = ("--max_prompt_length", 150, "--eval_dataset", "none")
 
 
 @pytest.fixture
-def data(tmp_path, monkeypatch):
-    monkeypatch.setattr(report, "finish", no_page)
+def data(tmp_path):
     picture(56, 56).save(tmp_path / "0.png")
     (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     return tmp_path / "data.jsonl"
@@ -72,9 +69,8 @@ def test_an_evaluation_leaves_bad_rows_out_too(folder, data, tmp_path):
     assert len(listed(tmp_path / "eval")) == 3
 
 
-def test_kept_answers_belong_to_the_prompt_that_they_answer(folder, tmp_path, monkeypatch):
+def test_kept_answers_belong_to_the_prompt_that_they_answer(folder, tmp_path):
     """Another instruction, another system prompt, other pixels: other answers; nothing of the kept ones is taken."""
-    monkeypatch.setattr(report, "pass_at_k", no_page)
     common = ("--model", folder, "--dataset", "toy@test:2", "--output_dir", tmp_path / "eval", "--num_samples", 1,
               "--ks", 1, "--max_completion_length", 4)
     for flags in ((), (), ("--instruction", "Go."), ("--system_prompt", "Go."), ("--min_pixels", 10_000)):

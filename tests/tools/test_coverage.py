@@ -10,8 +10,8 @@ from tabletop.traces import kinds, traces
 
 import pytest
 import torch
-from drive import even_length
-from whole_runs import SMALL, metrics, no_page
+from drive import even_length, no_page
+from whole_runs import SMALL, metrics
 
 # --- selections -------------------------------------------------------------------------------------------------------
 

@@ -41,7 +41,7 @@ def home(tmp_path, monkeypatch):
     """A folder in which runs are made, by a script that only writes down that it was called."""
     (tmp_path / "fake.py").write_text(SCRIPT)
     monkeypatch.setattr(runs, "ROOT", tmp_path)
-    monkeypatch.setattr(runs, "POLL", 0.05)
+    monkeypatch.setattr(runs, "POLL", 0.01)
     monkeypatch.setattr(runs, "SECONDS", {"fake.py": (1, 1)})
     monkeypatch.setattr(runs, "SOURCES", ("fake.py",))
     cores = runs.usable_cores()
@@ -102,23 +102,30 @@ def changed(specs, name, **flags):
     specs[name] = specs[name]._replace(flags=specs[name].flags | flags)
 
 
-@pytest.mark.parametrize("change, said", [
+CHANGES = [
     (lambda specs, place: changed(specs, "toy/sft", learning_rate=9.0), r"sft-\d was run with --learning_rate 0.0012"),
     (lambda specs, place: changed(specs, "toy/sft", max_steps=9), r"sft-\d was run with --max_steps None, now"),
     (lambda specs, place: specs.update({"toy/sft": specs["toy/sft"]._replace(tokens=2)}),
      r"sft-\d was run with --max_tokens 300"),
     (lambda specs, place: changed(specs, "toy/eval-base", ks="1,2"), r"eval-base-\d was run with --ks 1,2,4,8,16"),
-    (lambda specs, place: shutil.rmtree(place / "sft-1"), "-1 is older than .*/sft-1"),
     (lambda specs, place: (place / "opd-grpo-2/args.json").write_text('{"script": "fake", "seed": "2", "beta": 1}'),
      "opd-grpo-2 was run with --beta 1, seed 1 with None"),
-])
-def test_what_is_there_is_what_would_be_run(home, change, said):
+    (lambda specs, place: shutil.rmtree(place / "sft-1"), "-1 is older than .*/sft-1"),  # the last: it is not undone
+]
+
+
+def test_what_is_there_is_what_would_be_run(home):
     """No run of other flags is taken for this one, none made from a model that is no more, and all seeds are alike."""
-    specs = few()
-    bench_of(home, specs).make_all()
-    change(specs, home / "runs/toy")
-    with pytest.raises(UserError, match=said):
-        bench_of(home, specs, jobs=1).make_all()
+    bench_of(home, few()).make_all()
+    for change, said in CHANGES:
+        bench_of(home, few(), jobs=1).make_all()  # unchanged, it is taken
+        specs = few()
+        kept = (home / "runs/toy/opd-grpo-2/args.json").read_text()
+        change(specs, home / "runs/toy")
+        with pytest.raises(UserError, match=said):
+            bench_of(home, specs, jobs=1).make_all()
+        (home / "runs/toy/opd-grpo-2/args.json").write_text(kept)
+    assert len((home / "calls").read_text().split()) == 2 * (6 + 7) + 1  # sft-1 alone was made anew
 
 
 def started(monkeypatch):
