@@ -463,7 +463,9 @@ def test_a_killed_run_goes_on_with_the_problems_that_come_next(folder, tmp_path,
         raise Killed
 
     monkeypatch.setattr("drive.die", die)
-    flags = (*DYNAMIC, "--max_draws", 9, "--max_steps", 4, "--save_steps", 2, "--max_completion_length", 12)
+    flags = (
+        *DYNAMIC, "--max_draws", 9, "--max_steps", 4, "--save_steps", 2, "--max_completion_length", 12,
+        "--prompts_per_step", 4)
     whole = drive(folder, tmp_path / "whole", *flags, script="forks.dapo")
     lines = metrics(whole)
     drawn = sum(line["draws"] for line in lines[:2])

@@ -53,8 +53,9 @@ FLAGS = ("--held_out_traces", 8, "--loss_steps", 2, "--lr_scheduler_type", "cons
 
 def test_a_run_learns(folder, tmp_path):
     """From about the log of the vocabulary, as an untrained model must begin, down by more than a nat."""
-    place = drive(folder, tmp_path / "run", *FLAGS, "--max_steps", 12, "--learning_rate", 3e-3, script="sft")
-    losses = [line["loss"] for line in metrics(place)[1:]]
+    flags = (*FLAGS, "--eval_dataset", "none", "--max_steps", 12, "--learning_rate", 3e-3)
+    place = drive(folder, tmp_path / "run", *flags, script="sft")
+    losses = [line["loss"] for line in metrics(place)]
     assert losses[0] > math.log(400) - 1
     assert losses[-1] < losses[0] - 1.5
 
@@ -74,7 +75,7 @@ def test_a_run_stops_early(folder, tmp_path):
 
 def test_max_tokens_is_met_as_nearly_as_whole_steps_can(folder, tmp_path):
     """The tokens of so many steps are nearer to the budget than those of any other number; never no step at all."""
-    flags = (*FLAGS, "--eval_dataset", "none", "--loss_steps", 100)
+    flags = (*FLAGS, "--eval_dataset", "none", "--loss_steps", 100, "--prompts_per_step", 4)
     five_steps = metrics(drive(folder, tmp_path / "long", *flags, "--max_steps", 5, script="sft"))
     totals = list(itertools.accumulate(line["tokens"] for line in five_steps))
     for budget in (1, int(0.48 * totals[4]), int(0.72 * totals[4])):  # 0, 2.4 or 3.6 steps, or so
@@ -91,20 +92,41 @@ def has_a_space(problem, text):
     return float(" " in text)
 
 
-@pytest.fixture
-def taught(folder, tmp_path, monkeypatch):
-    """The flags of a run that learns from a teacher, 3 answers to each of 24 problems, kept in traces.jsonl."""
-    monkeypatch.setattr(sft, "format_reward", has_a_space)
+def flags_of_teaching(folder, place):
+    """A run that learns from a teacher, 3 answers to each of 24 problems, kept in the traces.jsonl of `place`."""
     return (
         *FLAGS,
         "--teacher", folder,
         "--teacher_samples", 3,
-        "--traces", tmp_path / "traces.jsonl",
+        "--traces", place / "traces.jsonl",
         "--dataset", "toy@train:24",
         "--eval_dataset", "none",
         "--max_steps", 1,
         "--held_out_traces", 4,
     )
+
+
+@pytest.fixture
+def taught(folder, tmp_path, monkeypatch):
+    """The flags of such a run in this test's folder."""
+    monkeypatch.setattr(sft, "format_reward", has_a_space)
+    return flags_of_teaching(folder, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def first_run(folder, tmp_path_factory):
+    """The folder of such a run, beside its traces."""
+    place = tmp_path_factory.mktemp("taught")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sft, "format_reward", has_a_space)
+        return drive(folder, place / "run", *flags_of_teaching(folder, place), script="sft")
+
+
+@pytest.fixture
+def one(first_run, tmp_path):
+    """The same, with a copy of the traces in this test's folder."""
+    shutil.copy(first_run.parent / "traces.jsonl", tmp_path)
+    return first_run
 
 
 def rows_of(path):
@@ -115,9 +137,8 @@ def write_rows(path, rows):
     Path(path).write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def test_teachers_answers_are_verified_and_kept(folder, tmp_path, taught):
+def test_teachers_answers_are_verified_and_kept(tmp_path, one):
     """Only right and well-formed answers are trained on. (Right: of even length.)"""
-    place = drive(folder, tmp_path / "run", *taught, script="sft")
     rows = rows_of(tmp_path / "traces.jsonl")
     assert len(rows) == 24 * 3
     good = set()
@@ -125,14 +146,13 @@ def test_teachers_answers_are_verified_and_kept(folder, tmp_path, taught):
         assert row["right"] == (len(row["text"]) % 2 == 0 and " " in row["text"])
         if row["right"]:
             good.add(row["text"])
-    trained = {row["text"] for row in rows_of(place / "samples.jsonl")}
+    trained = {row["text"] for row in rows_of(one / "samples.jsonl")}
     assert trained
     assert trained <= good
 
 
-def test_kept_answers_are_not_sampled_again(folder, tmp_path, monkeypatch, taught):
+def test_kept_answers_are_not_sampled_again(folder, tmp_path, monkeypatch, taught, one):
     """Nor does it matter in which order several processes wrote the problems, or what else is in the file."""
-    one = drive(folder, tmp_path / "one", *taught, script="sft")
     monkeypatch.setattr(sft, "sample", None)  # a call would raise
     two = drive(folder, tmp_path / "two", *taught, script="sft")
     assert metrics(two) == metrics(one)
@@ -146,9 +166,8 @@ def test_kept_answers_are_not_sampled_again(folder, tmp_path, monkeypatch, taugh
     assert metrics(three) == metrics(one)
 
 
-def test_a_stopped_teacher_goes_on(folder, tmp_path, monkeypatch, taught):
+def test_a_stopped_teacher_goes_on(folder, tmp_path, monkeypatch, taught, one):
     """After the last whole problem: what a kill left of one is sampled again, and the run is the same."""
-    one = drive(folder, tmp_path / "one", *taught, script="sft")
     traces = tmp_path / "traces.jsonl"
     lines = traces.read_text().splitlines(keepends=True)
     traces.write_text("".join(lines[:20 * 3 + 2]) + lines[-1][:30])  # 20 problems, two thirds of one, half a line
@@ -189,9 +208,8 @@ def test_a_folder_in_the_place_of_the_answers_is_one_line(capsys, folder, tmp_pa
 # --- traces that were written elsewhere -------------------------------------------------------------------------------
 
 
-def test_a_file_of_traces_needs_no_teacher(folder, tmp_path, monkeypatch, taught):
+def test_a_file_of_traces_needs_no_teacher(folder, tmp_path, monkeypatch, taught, one):
     """What a teacher's run has kept trains the same run without the teacher; nothing is sampled, no second model."""
-    one = drive(folder, tmp_path / "one", *taught, script="sft")
     loading = Recorded(sft.load_policy)
     monkeypatch.setattr(sft, "load_policy", loading)
     monkeypatch.setattr(sft, "sample", None)  # a call would raise
@@ -200,9 +218,8 @@ def test_a_file_of_traces_needs_no_teacher(folder, tmp_path, monkeypatch, taught
     assert len(loading.given) == 1
 
 
-def test_what_is_not_graded_yet_is_graded_here(folder, tmp_path, taught):
+def test_what_is_not_graded_yet_is_graded_here(folder, tmp_path, taught, one):
     """Rows that say nothing of themselves, in any order: the same traces are left as of the teacher's own file."""
-    one = drive(folder, tmp_path / "one", *taught, script="sft")
     rows = [dict(id=row["id"], text=row["text"]) for row in rows_of(tmp_path / "traces.jsonl")]
     write_rows(tmp_path / "bare.jsonl", [dict(id="elsewhere", text="x"), *rows[36:], *rows[:36]])
     flags = (*taught, "--teacher", "none", "--traces", tmp_path / "bare.jsonl")
@@ -229,10 +246,9 @@ def test_a_file_that_gives_no_traces_is_one_line(capsys, folder, tmp_path, text,
     assert said in line
 
 
-def test_a_teacher_that_does_not_fit_is_not_loaded(capsys, folder, tmp_path, monkeypatch, taught):
+def test_a_teacher_that_does_not_fit_is_not_loaded(capsys, folder, tmp_path, monkeypatch, taught, one):
     """It is one line with its size, what is free and what to do; where its answers are there already, it may be large.
     """
-    drive(folder, tmp_path / "fits", *taught, script="sft")
     monkeypatch.setattr(harness.memory, "free_memory", lambda device: 1_000_000)
     monkeypatch.setattr(sft, "sample", None)
     drive(folder, tmp_path / "kept", *taught, script="sft")
