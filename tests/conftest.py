@@ -82,6 +82,12 @@ def starter():
                             stdin=subprocess.PIPE, stdout=subprocess.PIPE)
 
 
+def pytest_collection_finish(session):
+    """The server imports while the first tests run: among many tests some will ask for it."""
+    if len(session.items) > 500 and not session.config.option.collectonly:
+        starter()
+
+
 def pytest_sessionfinish():
     if starter.cache_info().currsize:
         starter().communicate()

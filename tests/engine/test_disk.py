@@ -25,7 +25,8 @@ from safetensors.torch import save_file
 from whole_runs import drive, metrics, refusal
 
 FOUR_STEPS = (
-    "--max_steps", 4, "--save_steps", 2, "--updates_per_step", 1, "--eval_dataset", "none", "--num_generations", 3)
+    "--max_steps", 4, "--save_steps", 2, "--updates_per_step", 1, "--eval_dataset", "none", "--num_generations", 2,
+    "--prompts_per_step", 4, "--max_completion_length", 8)
 
 
 @contextlib.contextmanager

@@ -13,7 +13,9 @@ from whole_runs import SMALL, drive, metrics
 
 # --- killed and resumed -----------------------------------------------------------------------------------------------
 
-FOUR_STEPS = ("--max_steps", 4, "--save_steps", 2, "--updates_per_step", 1, "--eval_steps", 2)
+FOUR_STEPS = (
+    "--max_steps", 4, "--save_steps", 2, "--updates_per_step", 1, "--eval_steps", 2, "--prompts_per_step", 4,
+    "--max_completion_length", 12)
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from whole_runs import assert_same_run, drive, metrics
 # --- one run, however it is cut up ------------------------------------------------------------------------------------
 
 TWO_UPDATES = ("--updates_per_step", 2, "--beta", 0.1)
-ONE_UPDATE = ("--updates_per_step", 1, "--micro_batch_size", 3, "--max_steps", 1)
+ONE_UPDATE = ("--updates_per_step", 1, "--micro_batch_size", 3, "--max_steps", 1, "--eval_dataset", "none")
 
 
 @pytest.fixture(scope="module")
