@@ -116,7 +116,9 @@ def written_beside(what: str, folder: str | Path, needed: int) -> Iterator[Path]
         with room_for(what, folder, needed):
             yield beside
             names = sorted(path.name for path in beside.iterdir())
-            for name in sorted(names, key=lambda name: name in LAST):
+            first = [name for name in names if name not in LAST]
+            last = [name for name in names if name in LAST]
+            for name in first + last:
                 os.replace(beside / name, Path(folder, name))
     finally:
         shutil.rmtree(beside, ignore_errors=True)

@@ -66,8 +66,8 @@ class Run:
 
     rank and world: which process this is, of how many. device: where tensors live. is_main: whether this is the first
     process, the one that writes. sharded: whether models are split over processes. done: the last finished step.
-    state: numbers of the script's own, set before start; --resume brings back what
-    they were. skipped: rows that --skip_bad_rows left out, as they are listed in skipped.jsonl.
+    state: numbers of the script's own, set before start; --resume brings back what they were. skipped: rows that
+    --skip_bad_rows left out, as they are listed in skipped.jsonl.
     """
 
     def __init__(self, args: Namespace):
