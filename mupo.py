@@ -376,7 +376,7 @@ def main(args):
             format=run.mean(format_PG), frac_reward_zero_std=run.mean((advantages_PG == 0).all(1).float()),
             learning_rate=learning_rate(step, args), **rollout.metrics(run),
         )
-        metrics["diversity_weight"] = lam
+        metrics |= dict(diversity_weight=lam, r_div=run.mean(diversity_PG))
         metrics |= record_clusters(
             run, rollout, embeddings_PGD, labels_PG, accuracy_PG=accuracy_PG, plain_PG=plain_PG, rewards_PG=rewards_PG)
         if reference is not None:

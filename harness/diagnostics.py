@@ -6,6 +6,7 @@ Nothing here changes what is learned.
 from collections.abc import Callable, Sequence
 
 from harness.answers import final_answer
+from harness.embedding import spread
 from harness.rollout import Rollout
 from harness.run import Run
 
@@ -144,8 +145,7 @@ def cluster_metrics(
     for embeddings_GD, labels_G, plain_G, rewards_G in zip(
         embeddings_PGD, labels_PG, plain_PG.cpu(), rewards_PG.cpu(), strict=True,
     ):
-        G = len(labels_G)
-        distances.append((1 - embeddings_GD @ embeddings_GD.T).sum() / (G * (G - 1)))
+        distances.append(spread(embeddings_GD))
         sizes = labels_G.bincount().float()
         smallest.append(sizes.min())
         largest.append(sizes.max())
@@ -155,7 +155,7 @@ def cluster_metrics(
                 plainly_equal = len(plain_G[mine_G].unique()) == 1
                 only_diversity.append(float(plainly_equal and len(rewards_G[mine_G].unique()) > 1))
     return dict(
-        diversity=run.mean(torch.stack(distances)),
+        diversity=run.mean(torch.tensor(distances)),
         smallest_cluster=run.mean(torch.stack(smallest)),
         largest_cluster=run.mean(torch.stack(largest)),
         only_diversity_clusters=run.mean(torch.tensor(only_diversity)),

@@ -54,6 +54,13 @@ class Embedder:
         return normalize(torch.cat(states), dim=1)
 
 
+def spread(embeddings_GD: torch.Tensor) -> float:
+    """Mean pairwise cosine distance of normalised embeddings, (G, D) with G above 1: the diversity of a group."""
+    G = len(embeddings_GD)
+    distance_GG = 1 - embeddings_GD @ embeddings_GD.T
+    return float((distance_GG.sum() - distance_GG.trace()) / (G * (G - 1)))
+
+
 def reasoning(text: str) -> str:
     """The part of an answer that argues: inside <think>, else what stands before the answer, else all of it."""
     block = re.search(r"<think>(.*?)</think>", text, re.DOTALL)

@@ -21,7 +21,7 @@ PANELS = [
     ("Accuracy", "%", {"eval_accuracy": "held-out", "accuracy": "training"}),
     ("Entropy of a token", "nats", {"entropy": ""}),
     ("Different answers to a problem", "", {"distinct": ""}),
-    ("Diversity of reasoning", "cosine distance", {"diversity": ""}),
+    ("Diversity of reasoning", "cosine distance", {"diversity": "pairwise", "r_div": "between-cluster"}),
     ("Reward", "", {"reward": ""}),
     ("Length of an answer", "tokens", {"completion_length": ""}),
     ("Answers", "%", {"format": "well-formed", "truncated": "cut-off"}),

@@ -11,7 +11,7 @@ Shapes: S seeds, P problems, G answers to a problem, D draws.
 import functools
 
 import eval_passk
-from harness.embedding import ngrams, reasoning
+from harness.embedding import ngrams, reasoning, spread
 from harness.run import seed_of
 from lab import logs
 from mupo import partition
@@ -101,9 +101,7 @@ def ranks(x_DN):
 
 def diversity(texts):
     """Mean pairwise cosine distance between the reasoning of several answers, as bags of n-grams, as in mupo.py."""
-    e_GD = ngrams([reasoning(text) for text in texts])
-    pairs = len(texts) * (len(texts) - 1)
-    return float((1 - e_GD @ e_GD.T).sum() / pairs)
+    return spread(ngrams([reasoning(text) for text in texts]))
 
 
 def rand_index(one_G, other_G):
