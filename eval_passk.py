@@ -6,10 +6,11 @@ one and lowers the other.
     pass@k = 1 − C(n − c, k) / C(n, k)      per problem, from n samples of which c are right; mean over problems   (1)
 
 It is the paper's equation (1) too (Chen et al. 2021, arXiv 2107.03374): unbiased for every k ≤ n; k > n is an error.
-Beside it: acc@1, the greedy answer; the number of distinct final answers among the n; the entropy of the full
-vocabulary, the length of an answer, its phrases of hesitation ("wait", "double-check": harness/phrases.py) and the
-share of truncated ones; everything for each verifier too. Intervals are 95% percentile bootstraps over problems (10,000
-draws); a contrast with the first model resamples the same problems for both.
+Beside it: acc@1, the greedy answer; the number of distinct final answers among the n; the diversity of the n
+reasonings, their mean pairwise cosine distance as in mupo.py (--embedder); the entropy of the full vocabulary, the
+length of an answer, its phrases of hesitation ("wait", "double-check": harness/phrases.py) and the share of truncated
+ones; everything for each verifier too. Intervals are 95% percentile bootstraps over problems (10,000 draws); a contrast
+with the first model resamples the same problems for both: that of `diversity` is its fall in training.
 
 An answer counts as right when its reward is 1; a box when its IoU is at least .5; a judged answer when above 0.
 
@@ -19,7 +20,9 @@ where it was, one with another model added measures that model only.
     python eval_passk.py --model toy,runs/grpo-toy-1 --dataset toy@test,toy@ood
     accelerate launch eval_passk.py --model Qwen/Qwen2.5-VL-7B-Instruct,my/checkpoint --dataset hiyouga/geometry3k@test
 
-Writes samples.jsonl, eval.json and pass_at_k.png into --output_dir, and prints a table.
+Writes samples.jsonl, eval.json and pictures into --output_dir, and prints a table: pass_at_k.png; diversity.png, acc@4
+against diversity, a dot for each problem; of several models also phrases.png, how often each phrase of hesitation
+stands in an answer, and ways.png, the answers of all models to four problems in one plane.
 """
 
 import json
@@ -38,12 +41,17 @@ from common import (
 )
 from harness.answers import final_answer
 from harness.disk import fingerprint
+from harness.embedding import load_embedder, reasoning, spread
 from harness.flags import MODEL_FLAGS, at_least, launch
 from harness.phrases import PHRASES, hesitations
 from harness.prompts import check_prompts, fitting, list_skipped, prompt_settings
 from harness.run import Run, bootstrap, write_atomically
 
 import numpy as np
+from tqdm import tqdm
+
+TRIES = 4  # the k of acc@4 in diversity.png
+SHOWN = 4  # problems in ways.png
 
 # --- the algorithm ----------------------------------------------------------------------------------------------------
 
@@ -72,6 +80,8 @@ def measures(row, ks):
     numbers["length"] = np.mean(row["tokens"])
     numbers["truncated"] = np.mean(row["truncated"])
     numbers["hesitations"] = np.mean([hesitations(text).total() for text in row["texts"]])
+    if "diversity" in row:
+        numbers["diversity"] = row["diversity"]
     return numbers
 
 
@@ -92,7 +102,9 @@ def contrast(rows, first_rows, ks):
 # --- the run ----------------------------------------------------------------------------------------------------------
 
 RECIPE = dict(dataset="hiyouga/geometry3k@test", min_pixels=262_144)
-TOY = dict(dataset="toy@test,toy@ood", max_completion_length=64, sample_batch_size=512, min_pixels=784)
+TOY = dict(
+    dataset="toy@test,toy@ood", max_completion_length=64, sample_batch_size=512, min_pixels=784, embedder="ngrams",
+)
 TABLES = (MODEL_FLAGS,)
 
 
@@ -100,6 +112,7 @@ def flags(parser):
     parser.add_argument("--dataset", help="data sets, with commas between: name@split[:count] or a path")
     parser.add_argument("--num_samples", type=at_least(1), default=16, help="n, answers sampled to each problem")
     parser.add_argument("--ks", default="1,2,4,8,16", help="the k of pass@k, with commas between")
+    parser.add_argument("--embedder", default="Qwen/Qwen3-Embedding-0.6B", help="a sentence-embedding model, or ngrams")
 
 
 def answer_all(run, model, name, problems):
@@ -153,6 +166,16 @@ def rows_of(many, greedy):
     return rows
 
 
+def add_diversity(run, rows, embed, desc):
+    """Gives every row its `diversity`. Each process embeds its share of the rows."""
+    found = []
+    for row in tqdm(rows[run.rank::run.world], desc=desc, delay=5, leave=False, disable=not run.is_main):
+        found.append(spread(embed([reasoning(text) for text in row["texts"]])))
+    for rank, theirs in enumerate(run.gather(found)):
+        for row, diversity in zip(rows[rank::run.world], theirs, strict=True):
+            row["diversity"] = diversity
+
+
 def result(args, model, name, rows, *, ks):
     """What eval.json says of one model on one data set: every measure, over all problems and for each verifier."""
     measured = summary(rows, ks)
@@ -169,10 +192,40 @@ def result(args, model, name, rows, *, ks):
         measures=measured,
         verifiers={kind: summary([row for row in rows if row["verifier"] == kind], ks) for kind in kinds},
         phrases=phrases(rows),
+        by_problem=by_problem(rows),
         pass_at_k=[mean for mean, _, _ in curve],
         low=[low for _, low, _ in curve],
         high=[high for _, _, high in curve],
     )
+
+
+def by_problem(rows):
+    """What diversity.png shows, a number for each problem in each list; {} where there is no diversity."""
+    if "diversity" not in rows[0]:
+        return {}
+    tries = min(TRIES, len(rows[0]["right"]))
+    return dict(
+        id=[row["id"] for row in rows],
+        tries=tries,
+        acc=[pass_at_k(len(row["right"]), sum(row["right"]), tries) for row in rows],
+        diversity=[row["diversity"] for row in rows],
+    )
+
+
+def ways(problems, rows_of, embed):
+    """What ways.png shows of the first problems: the answers of every model, embedded together.
+
+    rows_of: {model: lines of samples.jsonl}.
+    """
+    groups = []
+    for problem in problems[:SHOWN]:
+        theirs = {model: next(row for row in rows if row["id"] == problem["id"]) for model, rows in rows_of.items()}
+        texts = {model: [reasoning(text) for text in row["texts"]] for model, row in theirs.items()}
+        groups.append(dict(
+            id=problem["id"], problem=problem["problem"], picture=problem["images"][0], texts=texts,
+            right={model: row["right"] for model, row in theirs.items()},
+            embeddings=embed([text for some in texts.values() for text in some])))  # n-grams need one list of words
+    return groups
 
 
 def phrases(rows):
@@ -183,7 +236,8 @@ def phrases(rows):
 
 def table(results, ks):
     """The results as text: a line for each model, data set and verifier."""
-    names = [f"pass@{k}" for k in ks] + ["acc@1", "distinct", "entropy", "length", "truncated"]
+    names = [f"pass@{k}" for k in ks] + ["acc@1", "distinct", "diversity", "entropy", "length", "truncated"]
+    names = [name for name in names if name in results[0]["measures"]]
     lines = [f"{'model':28} {'problems':22}" + "".join(f"{name:>10}" for name in names)]
     for entry in results:
         means = ""
@@ -197,11 +251,18 @@ def table(results, ks):
         lines.append(" " * 51 + widths)
         for verifier, part in entry["verifiers"].items():
             lines.append(f"{'':28}   {verifier:20}" + "".join(f"{part[name][0]:10.3f}" for name in names))
-        if "contrast" in entry:
-            for name in ("pass@1", f"pass@{ks[-1]}"):
-                mean, low, high = entry["contrast"][name]
-                lines.append(f"{'':28}   {name} against {entry['against']}: {mean:+.3f}  [{low:+.3f}, {high:+.3f}]")
+        lines += contrast_lines(entry, ks)
     return "\n".join(lines)
+
+
+def contrast_lines(entry, ks):
+    """What the table says of a model against the first one."""
+    lines = []
+    for name in (f"pass@{ks[0]}", f"pass@{ks[-1]}", "diversity"):
+        if name in entry.get("contrast", {}):
+            mean, low, high = entry["contrast"][name]
+            lines.append(f"{'':28}   {name} against {entry['against']}: {mean:+.3f}  [{low:+.3f}, {high:+.3f}]")
+    return lines
 
 
 def read_ks(args):
@@ -217,6 +278,7 @@ def read_ks(args):
 def main(args):
     ks = read_ks(args)
     run = Run(args)
+    embed = load_embedder(args.embedder, run.device) if args.num_samples > 1 else None
     data = {name: load_problems(name, run) for name in args.dataset.split(",")}
     models = args.model.split(",")
     if args.skip_bad_rows:
@@ -228,16 +290,21 @@ def main(args):
     os.makedirs(run.folder, exist_ok=True)
     list_skipped(run)
     results = []
+    groups = []
     for name, problems in data.items():
         rows = {model: answer_all(run, model, name, problems) for model in models}
         for model in models:
+            if embed is not None:
+                add_diversity(run, rows[model], embed, f"diversity of {model} on {name}")
             entry = result(args, model, name, rows[model], ks=ks)
             if model != models[0]:
                 entry |= dict(against=models[0], contrast=contrast(rows[model], rows[models[0]], ks))
             results.append(entry)
+        if run.is_main and embed is not None and not groups:
+            groups = ways(problems, rows, embed)
     if run.is_main:
         write_atomically(run.path("eval.json"), json.dumps(results, indent=1) + "\n")
-        report().pass_at_k(results, run.path("pass_at_k.png"))
+        report().measured(results, groups, run.folder)
         print(table(results, ks))
         print(f"{args.num_samples} samples a problem at temperature {args.temperature}, seed {args.seed}; "
               f"± is half a 95% interval\nwritten: {', '.join(sorted(os.listdir(run.folder)))} in {run.folder}")

@@ -5,7 +5,8 @@
     python lab/report.py RUN_DIR RUN_DIR ...     writes overlay.png (--out elsewhere); runs that differ only in the
                                                  seed become one line, their mean, in a band from lowest to highest
 
-This file holds the pages and the command line. lab/logs.py reads what a run wrote, lab/pictures.py draws it.
+This file holds the pages and the command line. lab/logs.py reads what a run wrote, lab/pictures.py draws it, and
+lab/comparisons.py draws what eval_passk.py measured of several models.
 A page needs no other file, no network and no script.
 lab/ is a folder without __init__.py, which Python allows: `from lab import report` works from the root of the project.
 """
@@ -22,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script,
 
 from common import load_problems
 from harness.flags import Parser, UserError
+from lab.comparisons import measured
 from lab.logs import NAMES, SAMPLE, SIGNALS, UNITS, about, load, load_args, load_last, load_metrics, logged, trace
 from lab.pictures import (
     PALETTE,
@@ -38,7 +40,7 @@ from lab.pictures import (
 )
 
 # What the scripts and the rest of lab/ take from here.
-__all__ = ["PALETTE", "curves", "dots", "finish", "load", "overlay", "pass_at_k"]
+__all__ = ["PALETTE", "curves", "dots", "finish", "load", "measured", "overlay", "pass_at_k"]
 
 # --- templates
 

@@ -6,6 +6,7 @@ import math
 
 import eval_passk
 from eval_passk import pass_at_k
+from harness.embedding import ngrams
 from harness.run import bootstrap
 
 import numpy as np
@@ -79,6 +80,73 @@ def test_a_contrast_is_paired():
     assert 0 <= low < mean < high < 0.25
 
 
+# --- diversity and phrases --------------------------------------------------------------------------------------------
+
+
+class OneProcess:
+    """As much of a run as the measures ask for."""
+
+    rank = 0
+    world = 1
+    is_main = True
+
+    def gather(self, thing):
+        return [thing]
+
+
+def row_of(name, texts, right):
+    n = len(texts)
+    return dict(id=name, right=right, greedy_right=True, answers=["1"] * n, format=[1.0] * n, entropy=[1.0] * n,
+                tokens=[3] * n, truncated=[0.0] * n, texts=texts)
+
+
+def test_diversity_is_the_mean_distance_of_pairs():
+    """Against every pair of n-gram bags: all the same 0, nothing in common 1; only the reasoning counts."""
+    mixed = ["<think>a b</think>1", "<think>a c</think>2", "<think>d</think>3"]
+    rows = [
+        row_of("same", ["<think>a b</think>1", "<think>a b</think>2"], [True, False]),
+        row_of("other", ["<think>a</think>1", "<think>b</think>1"], [True, True]),
+        row_of("mixed", mixed, [True] * 3),
+    ]
+    eval_passk.add_diversity(OneProcess(), rows, ngrams, "")
+    assert [row["diversity"] for row in rows] == pytest.approx([0.0, 1.0, (2 / 3 + 1 + 1) / 3], abs=1e-6)
+    assert eval_passk.summary(rows[:2], [1])["diversity"][0] == pytest.approx(0.5, abs=1e-6)
+
+
+def test_processes_share_the_embedding():
+    """Each of two embeds every second row, and both end with all of them, in the order of the problems."""
+    rows = [row_of(str(i), [f"<think>a {'b ' * i}</think>", f"<think>a {'c ' * i}</think>"], [True] * 2)
+            for i in range(5)]
+    eval_passk.add_diversity(OneProcess(), rows, ngrams, "")
+    expected = [row.pop("diversity") for row in rows]
+    for rank in range(2):
+        run = OneProcess()
+        run.rank = rank
+        run.world = 2
+        found = []
+        run.gather = lambda mine, found=found: found.append(mine) or [expected[0::2], expected[1::2]]
+        eval_passk.add_diversity(run, rows, ngrams, "")
+        assert found == [expected[rank::2]]
+        assert [row.pop("diversity") for row in rows] == expected
+
+
+def test_points_of_the_scatter():
+    """acc@4 of each problem is pass@4 from its n answers; with fewer answers, of as many as there are."""
+    row = row_of("a", ["<think>a</think>"] * 8, [True, *[False] * 7]) | dict(diversity=0.25)
+    points = eval_passk.by_problem([row])
+    assert points == dict(id=["a"], tries=4, acc=[pytest.approx(0.5)], diversity=[0.25])
+    few = row_of("a", ["<think>a</think>"] * 2, [True, False]) | dict(diversity=0.0)
+    assert eval_passk.by_problem([few])["tries"] == 2
+    assert eval_passk.by_problem([row_of("a", ["x"], [True])]) == {}
+
+
+def test_the_fall_of_diversity_is_paired():
+    """A contrast with the first model, over the same problems."""
+    rows = [row_of(str(i), ["x"], [True]) | dict(diversity=0.1 * i) for i in range(8)]
+    less = [row | dict(diversity=row["diversity"] - 0.05) for row in rows]
+    assert eval_passk.contrast(less, rows, [1])["diversity"] == pytest.approx((-0.05,) * 3)
+
+
 # --- whole evaluations ------------------------------------------------------------------------------------------------
 
 
@@ -114,6 +182,10 @@ def test_an_evaluation_writes_what_it_says(evaluated):
     assert set(first["verifiers"]) <= {"digit", "mcq", "math", "iou"}
     assert "pass@4" in shown
     assert (place / "pass_at_k.png").read_bytes()[:4] == b"\x89PNG"
+    assert (place / "diversity.png").read_bytes()[:4] == b"\x89PNG"
+    assert 0 <= first["measures"]["diversity"][0] <= 1
+    assert len(first["by_problem"]["acc"]) == 6
+    assert "diversity" in shown.splitlines()[0]
 
 
 def test_a_stopped_evaluation_goes_on(evaluated, tmp_path):

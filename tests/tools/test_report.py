@@ -574,10 +574,12 @@ def test_a_page_drawn_later_has_the_pictures_too(tmp_path):
 
 def test_as_a_script_it_finds_common_in_the_folder_above(tmp_path):
     shutil.copytree(Path(report.__file__).parent, tmp_path / "lab")
-    (tmp_path / "harness").mkdir()  # two stubs: torch takes long to import
+    (tmp_path / "harness").mkdir()  # stubs: torch takes long to import
     (tmp_path / "harness/flags.py").write_text(
         "from argparse import ArgumentParser as Parser\n\n\nclass UserError(Exception):\n    pass\n")
+    (tmp_path / "harness/run.py").write_text("bootstrap = seed_of = None\n")
     (tmp_path / "common.py").write_text("load_problems = None\n")
+    (tmp_path / "mupo.py").write_text("partition = None\n")
     command = [sys.executable, str(Path("lab", "report.py")), "nowhere"]
     run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert run.returncode == 2 and run.stderr.splitlines()[-1].startswith("error: nowhere")
