@@ -34,10 +34,11 @@ from harness.answers import (
     unbox,
 )
 from harness.attention import NAME as PACKED_ROWS
-from harness.attention import pack_rows
+from harness.attention import SharedPrompts, pack_rows
 from harness.cache import block_cache, wave_size, waves
 from harness.disk import room_for, written_beside
 from harness.flags import UserError, is_toy, of_the_world
+from harness.memory import LOGITS
 from harness.processor import Processor, loading, make_processor
 from harness.prompts import chat
 from harness.rollout import Prompts, Rollout, name_of
@@ -52,7 +53,6 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForImageTextToText, DynamicCache
 
-LOGITS = 2**25  # fp32 logits that exist at a time, 0.13 GB: at V = 152k the head meets 220 positions at once
 PAGE = 2**20  # bytes, about what the page of a run and its pictures take
 OPEN_ENDED_BETA = 1.0  # how fast an open-ended reward saturates; the paper gives no number
 # A picture token in an answer breaks the next forward pass: "image features and image tokens do not match".
@@ -89,7 +89,8 @@ class Policy(transformers.Qwen2_5_VLForConditionalGeneration):
         self, ids_RL: torch.Tensor, positions_3RL: torch.Tensor, mask: torch.Tensor | dict,
         pixels: torch.Tensor | None = None, grids: torch.Tensor | None = None, cache: DynamicCache | None = None,
     ) -> torch.Tensor:
-        """Hidden states (R, L, D). mask: 1 at tokens, 0 at padding, (R, L); or a pass of packed rows, then R is 1.
+        """Hidden states (R, L, D). mask: 1 at tokens, 0 at padding, (R, L); or what tokens see where that is no mask: a
+        pass of packed rows, then R is 1, or the prompts of decoded answers, then L is 1.
 
         Rotary positions are always passed: the model's own guess is 1-D after a prefill.
         """
@@ -131,6 +132,8 @@ class Policy(transformers.Qwen2_5_VLForConditionalGeneration):
 
         size = max(1, LOGITS // self.vocabulary)
         columns = [tokens_N, hidden_ND, *(hidden for _, hidden in others)]
+        if len(tokens_N) <= size:  # all positions are one chunk: recomputing it would save nothing
+            return one_chunk(*columns)
         chunks = zip(*(column.split(size) for column in columns), strict=True)
         results = [checkpoint(one_chunk, *chunk, use_reentrant=False) for chunk in chunks]
         return tuple(torch.cat(parts) for parts in zip(*results, strict=True))
@@ -326,7 +329,7 @@ def sample(
 
     At most sample_batch_size answers are decoded together; 0: as many as the GPU's memory has room for.
 
-    A prompt and its pictures are read once for a group: their cache is repeated, not recomputed. Answer g to a problem
+    A prompt and its pictures are read once for a group, and stand in the cache once. Answer g to a problem
     is drawn with uniforms that depend on (*seed, problem id, "sample", g) alone, so that it is the same whatever the
     batch, the group size or the number of processes. A collective call when sharded.
     """
@@ -357,7 +360,7 @@ def cut_to_longest(rollout: Rollout):
 def decode(policy: Policy, rollout: Rollout, members: range, numbers: range, *, seed: tuple, greedy: bool):
     """Decodes the answers `numbers` to the problems `members` into the rollout.
 
-    The prompts are read once, their cache repeated for every answer; an answer that has ended leaves the batch.
+    The prompts are read once, for all their answers; an answer that has ended leaves the batch.
     """
     T = rollout.tokens_BT.shape[1]
     G = len(rollout.group_B) // len(rollout.prompts.problems)
@@ -394,30 +397,28 @@ def decode(policy: Policy, rollout: Rollout, members: range, numbers: range, *, 
 
 @dataclasses.dataclass
 class Decoding:
-    """What a wave of answers has read so far: the last hidden state, the mask, the next position, the KV cache."""
+    """What a wave of answers has read so far: the last hidden state, the next position, the prompts and the cache."""
 
     hidden_BD: torch.Tensor
-    mask_BS: torch.Tensor
     next_B: torch.Tensor
-    cache: DynamicCache
+    prompts: SharedPrompts
 
     def select(self, keep: torch.Tensor):
         """Keeps these rows only."""
         self.hidden_BD = self.hidden_BD[keep]
-        self.mask_BS = self.mask_BS[keep]
         self.next_B = self.next_B[keep]
-        self.cache.batch_select_indices(keep)
+        self.prompts.select(keep)
 
     def read(self, policy: Policy, token_B: torch.Tensor):
         """Reads one more token of every answer."""
-        self.mask_BS = torch.cat([self.mask_BS, self.mask_BS.new_ones(len(token_B), 1)], 1)
         positions_3B1 = self.next_B[None, :, None].expand(3, -1, -1)
-        self.hidden_BD = policy.body(token_B[:, None], positions_3B1, self.mask_BS, cache=self.cache)[:, -1]
+        seen = {"full_attention": self.prompts}
+        self.hidden_BD = policy.body(token_B[:, None], positions_3B1, seen, cache=self.prompts.cache)[:, -1]
         self.next_B = self.next_B + 1
 
 
 def prefill(policy: Policy, prompts: Prompts, members: range, repeats: int) -> Decoding:
-    """Reads the prompts `members` once, padded on the left, and repeats the result for each of their answers."""
+    """Reads the prompts `members` once, padded on the left, for `repeats` answers to each."""
     R = len(members)
     S = max(len(prompts.ids[p]) for p in members)
     ids_RS = torch.zeros(R, S, dtype=torch.long)
@@ -435,12 +436,10 @@ def prefill(policy: Policy, prompts: Prompts, members: range, repeats: int) -> D
     cache = block_cache(policy.config)
     hidden_RSD = policy.body(
         ids_RS.to(device), positions_3RS.to(device), mask_RS.to(device), pixels=pixels, grids=grids, cache=cache)
-    cache.batch_repeat_interleave(repeats)
     return Decoding(
         hidden_BD=hidden_RSD[:, -1].repeat_interleave(repeats, 0),
-        mask_BS=mask_RS.to(device).repeat_interleave(repeats, 0),
         next_B=first_R.to(device).repeat_interleave(repeats, 0),
-        cache=cache,
+        prompts=SharedPrompts(cache, mask_RS.to(device), repeats),
     )
 
 

@@ -160,7 +160,9 @@ def teacher_traces(run, problems, loaded=None):
 
     def prepare(_):
         advice = "have it write its answers elsewhere, and give them with --traces and without --teacher"
-        check_fits_whole(run, f"--teacher {args.teacher}", find_model(args.teacher, run), advice)
+        check_fits_whole(
+            run, f"--teacher {args.teacher}", find_model(args.teacher, run), advice=advice,
+            answers=args.teacher_samples * len(problems), generations=args.teacher_samples, loaded=loaded is not None)
         teacher, processor = loaded or load_policy(args.teacher, run)
 
         def answer(some):

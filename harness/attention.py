@@ -8,15 +8,19 @@ padding. An answer's token sees the prompt and its own answer, up to itself:
 
 Both are calls that a fast kernel can do, and what they cost grows with what is seen, not with the square of the row. A
 row with one answer is the plain forward pass, and costs what that costs.
+
+While answers are sampled, their group's prompt stands in the cache once. A token's scores against the prompt and
+against its own answer are computed apart, the first for a whole group at a time, and share one softmax.
 """
 
 import dataclasses
+import math
 from collections.abc import Sequence
 
 import torch
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
@@ -76,12 +80,18 @@ def pack_rows(prompts: Sequence[int], answers: Sequence[Sequence[int]], device: 
 
 def packed_attention(
     module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
-    attention_mask: PackedRows | torch.Tensor | None, scaling: float | None = None, **kwargs: object,
+    attention_mask: "PackedRows | SharedPrompts | torch.Tensor | None", scaling: float | None = None, **kwargs: object,
 ) -> tuple[torch.Tensor, None]:
     """Attention of a pass of packed rows: query (1, H, N, D), key and value (1, H or fewer, N, D) → (1, N, H, D).
 
-    Whatever is not packed, sampling among it, is transformers' own attention.
+    What decoded answers see of a shared prompt is answers_attention; all else is transformers' own.
     """
+    if isinstance(attention_mask, SharedPrompts):
+        shared = attention_mask
+        layer = shared.cache.layers[module.layer_idx]
+        prompts = (layer.prompt_keys, layer.prompt_values)
+        results_BHD = answers_attention(query.float() * scaling, (key, value), prompts, shared)
+        return results_BHD[:, None].to(query.dtype), None
     if not isinstance(attention_mask, PackedRows):
         return sdpa_attention_forward(
             module, query, key, value, attention_mask=attention_mask, scaling=scaling, **kwargs)
@@ -131,6 +141,79 @@ def behind_prompt(states: RowStates, row: PackedRow) -> torch.Tensor:
     """(answers, H, prompt + longest, D): the states of the prompt, then those of each further answer."""
     prompt = states.lead[:, :, :row.prompt].expand(row.others, -1, -1, -1)
     return torch.cat([prompt, states.others], 2)
+
+
+# --- while sampling ---------------------------------------------------------------------------------------------------
+
+
+class SharedPrompts:
+    """P prompts, kept once each, and B answers to them, in the order of the prompts. The model is given it in the place
+    of an attention mask while it decodes; afterwards an answer that has ended leaves by `select`.
+
+    To meet its prompt, a group's tokens stand in one row: spread_M says which answers stand in P rows of equally many,
+    gather_B where each answer's result stands among the M.
+    """
+
+    def __init__(self, cache: DynamicCache, mask_PS: torch.Tensor, answers: int):
+        """cache: what was read of the prompts. mask_PS: 1 at their tokens. answers: how many there are to each."""
+        self.cache = cache
+        self.padding_P11S = (mask_PS == 0)[:, None, None]
+        self.group_B = torch.arange(len(mask_PS), device=mask_PS.device).repeat_interleave(answers)
+        for layer in cache.layers:
+            layer.begin_answers(len(self.group_B))
+        self.line_up()
+
+    def select(self, keep: torch.Tensor):
+        """Keeps these answers only, in ascending order, and the prompts that still have some."""
+        self.cache.batch_select_indices(keep)
+        kept_P, self.group_B = self.group_B[keep].unique(return_inverse=True)
+        if len(kept_P) < len(self.padding_P11S):
+            self.padding_P11S = self.padding_P11S[kept_P]
+            for layer in self.cache.layers:
+                layer.select_prompts(kept_P)
+        self.line_up()
+
+    def line_up(self):
+        """Finds spread_M and gather_B for the answers there are. A shorter group repeats its last answer."""
+        counts_P = self.group_B.bincount()
+        begins_P = counts_P.cumsum(0) - counts_P
+        self.most = int(counts_P.max())
+        numbers_G = torch.arange(self.most, device=counts_P.device)
+        self.spread_M = (begins_P[:, None] + numbers_G.minimum(counts_P[:, None] - 1)).flatten()
+        number_B = torch.arange(len(self.group_B), device=counts_P.device) - begins_P[self.group_B]
+        self.gather_B = self.group_B * self.most + number_B
+
+    def by_prompt(self, values_BHRD: torch.Tensor) -> torch.Tensor:
+        """(B, H, R, D) of the answers as (P, H, most·R, D): a group's side by side."""
+        values_MHRD = values_BHRD.index_select(0, self.spread_M)
+        return values_MHRD.unflatten(0, (-1, self.most)).transpose(1, 2).flatten(2, 3)
+
+    def by_answer(self, values_PHRD: torch.Tensor) -> torch.Tensor:
+        """(P, H, most·R, D) as (B, H, R, D): the way back."""
+        values_MHRD = values_PHRD.unflatten(2, (self.most, -1)).transpose(1, 2).flatten(0, 1)
+        return values_MHRD.index_select(0, self.gather_B)
+
+
+def answers_attention(
+    query_BH1D: torch.Tensor, own: tuple[torch.Tensor, torch.Tensor], prompts: tuple[torch.Tensor, torch.Tensor],
+    shared: SharedPrompts,
+) -> torch.Tensor:
+    """One new token of every answer looks at its prompt and its own answer: (B, H, D).
+
+    The query is in fp32 and scaled already; scores and sums are fp32 too, as in a fast kernel: in bf16 they would move
+    log-probs away from what is read later. own, prompts: keys and values, (B, K, T, D) and (P, K, S, D); H is a
+    multiple of K.
+    """
+    keys, values = own
+    prompt_keys, prompt_values = prompts
+    query_BKRD = query_BH1D[:, :, 0].unflatten(1, (keys.shape[1], -1))
+    scores_BKRT = query_BKRD @ keys.float().transpose(2, 3)
+    prompt_scores_PKNS = shared.by_prompt(query_BKRD) @ prompt_keys.float().transpose(2, 3)
+    prompt_scores_PKNS = prompt_scores_PKNS.masked_fill(shared.padding_P11S, -math.inf)  # trap: left padding
+    weights = torch.cat([shared.by_answer(prompt_scores_PKNS), scores_BKRT], 3).softmax(3)
+    of_prompt, of_answer = weights.split([prompt_keys.shape[2], keys.shape[2]], 3)
+    seen_of_prompt = shared.by_answer(shared.by_prompt(of_prompt) @ prompt_values.float())
+    return (seen_of_prompt + of_answer @ values.float()).flatten(1, 2)
 
 
 AttentionInterface.register(NAME, packed_attention)

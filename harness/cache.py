@@ -1,4 +1,4 @@
-"""A KV cache that grows a block of places at a time, and how many answers it has room for.
+"""A KV cache that keeps a prompt once for all its answers and grows in blocks, and how many answers it has room for.
 
 transformers' own dynamic cache is copied whole at every token. On a GPU those copies, each a little larger than the one
 before, also leave the memory in pieces that nothing else fits into.
@@ -15,11 +15,16 @@ from transformers.cache_utils import DynamicLayer
 
 BLOCK = 64  # places
 ON_A_CPU = 256  # answers decoded together on a CPU, where memory is not what limits them
+DRAW = 32  # bytes for each id when a token is drawn: logits and probabilities in fp32, their running sum in fp64
+SCORES = 12  # bytes of one head's score at a place: as it is computed, beside those of the prompt, and its softmax
 SHARE = 0.8  # of a GPU's free memory: what is left over is for what the arithmetic below does not know
 
 
 class BlockLayer(DynamicLayer):
-    """One layer's keys and values, (rows, heads, places, D) each: `keys` and `values` are views of larger stores."""
+    """One layer's keys and values, (rows, heads, places, D) each: `keys` and `values` are views of larger stores.
+
+    From begin_answers on they are the answers' own; prompt_keys and prompt_values are those of the prompts.
+    """
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object,
@@ -43,11 +48,19 @@ class BlockLayer(DynamicLayer):
         self.keys = self.key_store[:, :, :places]
         self.values = self.value_store[:, :, :places]
 
-    def batch_repeat_interleave(self, repeats: int):
-        """Repeats every row."""
-        self.key_store = self.key_store.repeat_interleave(repeats, dim=0)
-        self.value_store = self.value_store.repeat_interleave(repeats, dim=0)
-        self.show(self.get_seq_length())
+    def begin_answers(self, answers: int):
+        """What was read so far are prompts, and is kept once. What follows are tokens of `answers` answers to them."""
+        self.prompt_keys = self.keys
+        self.prompt_values = self.values
+        _, heads, _, D = self.keys.shape
+        self.key_store = self.keys.new_empty(answers, heads, 0, D)
+        self.value_store = self.values.new_empty(answers, heads, 0, D)
+        self.show(0)
+
+    def select_prompts(self, indices: torch.Tensor):
+        """Keeps these prompts only."""
+        self.prompt_keys = self.prompt_keys.index_select(0, indices)
+        self.prompt_values = self.prompt_values.index_select(0, indices)
 
     def batch_select_indices(self, indices: torch.Tensor):
         """Keeps these rows only."""
@@ -87,19 +100,32 @@ def bytes_of_answer(
 ) -> int:
     """Bytes that one answer of `answer` tokens needs while it is sampled, in a group of `generations`.
 
-    Decoding: its cache, [prompt | answer] in whole blocks; one layer's keys once more, because a store is copied when
-    it grows or loses rows; and the logits of a token, which exist in fp32 and fp64 at a time. Reading the prompt, which
-    a group does once and before: activations of the vision tower and of the text. The larger of both counts.
+    Decoding it; or reading the prompt, which a group does once and before: activations of the vision tower and of the
+    text. The larger of both counts.
     """
     text = config.get_text_config()
     vision = config.vision_config
-    head = text.hidden_size // text.num_attention_heads
-    keys = text.num_key_value_heads * head * dtype.itemsize * in_blocks(prompt + answer)
-    decoding = keys * (2 * text.num_hidden_layers + 1) + 32 * text.vocab_size
     token = 3 * text.intermediate_size + 8 * text.hidden_size
     patch = 3 * vision.intermediate_size + 8 * vision.hidden_size
     reading = prompt * (token + patch * vision.spatial_merge_size**2) * dtype.itemsize
+    decoding = bytes_to_decode(config, dtype.itemsize, prompt=prompt, answer=answer, generations=generations)
     return max(decoding, reading // generations)
+
+
+def bytes_to_decode(config: PreTrainedConfig, number: int, *, prompt: int, answer: int, generations: int) -> int:
+    """Bytes of an answer that has been decoded to its last token; `number` is the bytes of a number in the cache.
+
+    Its own cache in whole blocks, and its share of the prompt's; one layer's keys once more, because a store is copied
+    when it grows or loses rows, and because scores are computed from keys in fp32; one layer's scores; and what a token
+    is drawn from.
+    """
+    text = config.get_text_config()
+    place = text.num_key_value_heads * text.hidden_size // text.num_attention_heads * number
+    once_more = 4 // number  # in fp32, beside keys of `number` bytes
+    own = place * in_blocks(answer) * (2 * text.num_hidden_layers + once_more)
+    shared = place * in_blocks(prompt) * 2 * text.num_hidden_layers // generations
+    scores = SCORES * text.num_attention_heads * (prompt + answer)
+    return own + shared + scores + DRAW * text.vocab_size
 
 
 def wave_size(policy: PreTrainedModel, rollout: Rollout, generations: int) -> int:

@@ -19,6 +19,7 @@ sys.path.insert(0, str(ROOT))  # run as a script, Python looks in lab/, not in t
 
 import common
 from common import Policy, find_model, load_policy, read, sample, token_logps
+from harness import memory
 from harness.flags import Parser
 from harness.run import write_atomically
 from lab import bench, plan
@@ -118,9 +119,10 @@ def measure(shape):
 def planned(config, shape, S):
     """What the plan says of a shape, in bytes. S: its prompt's tokens."""
     phase, *_, cells, T, problems = shape
-    work = plan.Work(S=S, patches=4 * cells**2, T=T, T_most=T, G=G, wave=problems * G, row=G)
-    machine = plan.Machine(gpus=1, memory=0, number=plan.FP32, split=False)
-    return sum(getattr(plan, phase)(config, plan.count_weights(config), work, machine).values())
+    work = memory.Work(S=S, patches=4 * cells**2, T=T, T_most=T, G=G, wave=problems * G, row=G)
+    machine = memory.Machine(gpus=1, memory=0, number=memory.FP32, split=False)
+    needed = dict(sampling=memory.sampling, updating=memory.updating)[phase]
+    return sum(needed(config, memory.count_weights(config), work, machine).values())
 
 
 def measured_alone(shape):

@@ -1,10 +1,12 @@
 """harness.attention: packed rows against a mask written out in full, and against the plain forward pass."""
 
+import argparse
 import copy
 import re
 
 from common import read, token_logps
-from harness.attention import NAME, pack_rows, packed_attention
+from harness.attention import NAME, SharedPrompts, pack_rows, packed_attention
+from harness.cache import block_cache
 from harness.updates import micro_batches
 
 import pytest
@@ -65,6 +67,69 @@ def seen_and_differentiated(results, inputs):
     """Results, and the gradients of a sum of them with weights that differ everywhere."""
     weights = torch.arange(results.numel(), dtype=torch.float64).view(results.shape).sin()
     return [results.detach(), *torch.autograd.grad((results * weights).sum(), inputs)]
+
+
+# --- answers that are decoded -----------------------------------------------------------------------------------------
+
+LEAVE = {2: [0, 1, 3, 4, 5, 8], 4: [0, 2, 4], 6: [0, 2]}  # after this many tokens these answers stay: of groups, too
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_decoded_answers_against_the_definition(policy, groups):
+    """Three prompts of unequal lengths, three answers each, which leave one by one and by whole groups: every token
+    sees its prompt and its own answer, and neither padding nor another answer."""
+    generator = torch.Generator().manual_seed(0)
+
+    def some(rows, heads, places):
+        return torch.randn(rows, heads, places, 8, generator=generator)
+
+    lengths = [2, 5, 4]
+    cache = block_cache(policy.config)
+    prompt = [some(3, groups, 5), some(3, groups, 5)]
+    for layer in range(len(cache.layers)):
+        cache.update(*prompt, layer)
+    mask_PS = torch.tensor([[place >= 5 - length for place in range(5)] for length in lengths])
+    shared = SharedPrompts(cache, mask_PS, answers=3)
+    module = argparse.Namespace(layer_idx=1)
+    histories = {b: [states[b // 3, :, 5 - lengths[b // 3]:] for states in prompt] for b in range(9)}
+    left = list(range(9))
+    for step in range(1, 8):
+        query, key, value = some(len(left), 4, 1), some(len(left), groups, 1), some(len(left), groups, 1)
+        ours, _ = packed_attention(module, query, *cache.update(key, value, 1), shared, scaling=SCALE)
+        for row, b in enumerate(left):
+            new = (key[row], value[row])
+            histories[b] = [torch.cat(parts, 1) for parts in zip(histories[b], new, strict=True)]
+            keys, values = [states[None] for states in histories[b]]
+            expected = by_definition(query[row:row + 1], keys, values, torch.tensor(True))
+            assert torch.allclose(ours[row:row + 1], expected, atol=1e-6)
+        if step in LEAVE:
+            keep = torch.tensor(LEAVE[step])
+            for layer in (0, 2, 3):  # the other layers have read as many tokens
+                cache.update(key, value, layer)
+            shared.select(keep)
+            left = [left[row] for row in keep]
+    assert left == [0, 5]
+    assert cache.layers[1].prompt_keys.shape[0] == 2  # a prompt without answers is kept no longer
+
+
+def test_decoded_answers_in_bf16_differ_by_the_last_rounding_only(policy):
+    """Large scores: rounded to bf16 they would be off by a tenth, and what is sampled would not be what is read."""
+    generator = torch.Generator().manual_seed(0)
+    cache = block_cache(policy.config)
+    prompt = [4 * torch.randn(1, 2, 50, 8, generator=generator).bfloat16() for _ in range(2)]
+    for layer in range(len(cache.layers)):
+        cache.update(*prompt, layer)
+    shared = SharedPrompts(cache, torch.ones(1, 50), answers=3)
+    query, key, value = [4 * torch.randn(3, 2, 1, 8, generator=generator).bfloat16() for _ in range(3)]
+    ours, _ = packed_attention(
+        argparse.Namespace(layer_idx=0), query, *cache.update(key, value, 0), shared, scaling=SCALE)
+    keys, values = [
+        torch.cat([states.expand(3, -1, -1, -1), new], 2).float()
+        for states, new in zip(prompt, (key, value), strict=True)
+    ]
+    expected = by_definition(query.float(), keys, values, torch.tensor(True))
+    assert ours.dtype == torch.bfloat16
+    assert (ours.float() - expected).abs().max() < 2**-8 * expected.abs().max()
 
 
 # --- against the mask -------------------------------------------------------------------------------------------------

@@ -29,17 +29,15 @@ def plain_and_blocks(policy):
 
 
 def test_blocks_hold_what_the_plain_cache_holds(policy):
-    """A prompt, its repetition, hundreds of tokens, rows that leave: the same keys and values after every step."""
+    """A prompt, hundreds of tokens, rows that leave: the same keys and values after every step."""
     both = plain_and_blocks(policy)
-    rows = 3
+    rows = 6
     places = 0
-    steps = [50, "repeat", *[1] * 20, "select", *[1] * 50, BLOCK + 1, "select", 1, 3 * BLOCK, 1]
+    steps = [50, *[1] * 20, "select", *[1] * 50, BLOCK + 1, "select", 1, 3 * BLOCK, 1]
     for number, step in enumerate(steps):
         for layer in range(len(both[0].layers)):
             for some in both:
-                if step == "repeat":
-                    some.layers[layer].batch_repeat_interleave(2)
-                elif step == "select":
+                if step == "select":
                     some.layers[layer].batch_select_indices(torch.arange(0, rows, 2))
                 else:
                     some.update(*states(rows, step, seed=100 * number + layer), layer)
@@ -49,6 +47,26 @@ def test_blocks_hold_what_the_plain_cache_holds(policy):
         rows = len(both[0].layers[0].keys)
         places += step if isinstance(step, int) else 0
         assert both[0].get_seq_length() == both[1].get_seq_length() == places
+
+
+def test_answers_begin_behind_prompts_that_are_kept_once(policy):
+    """The prompts' keys and values stay what they were; the answers' own begin empty, in rows of their own."""
+    blocks = block_cache(policy.config)
+    prompts = states(3, 50, seed=0)
+    blocks.update(*prompts, 0)
+    layer = blocks.layers[0]
+    layer.begin_answers(6)
+    tokens = [states(6, 1, seed=step) for step in range(1, 70)]
+    for token in tokens:
+        layer.update(*token)
+    for kept, given in zip((layer.prompt_keys, layer.prompt_values), prompts, strict=True):
+        assert torch.equal(kept, given)
+    assert torch.equal(layer.keys, torch.cat([keys for keys, _ in tokens], 2))
+    assert torch.equal(layer.values, torch.cat([values for _, values in tokens], 2))
+    layer.select_prompts(torch.tensor([0, 2]))
+    assert torch.equal(layer.prompt_keys, prompts[0][[0, 2]])
+    assert torch.equal(layer.prompt_values, prompts[1][[0, 2]])
+    assert len(layer.keys) == 6
 
 
 def test_a_token_is_written_in_place_until_the_block_is_full(policy):
@@ -81,14 +99,15 @@ def test_a_cropped_or_reordered_cache_goes_on_rightly(policy):
 
 
 def test_an_answer_of_the_7b_needs_what_its_cache_needs():
-    """28 layers × 4 heads × 128 numbers × keys and values × bf16 = 57,344 bytes for a place."""
+    """28 layers × 4 heads × 128 numbers × keys and values × bf16 = 57,344 bytes for a place. Its group's answers share
+    a prompt."""
     config = Qwen2_5_VLConfig(text_config=QWEN_7B)
     need = bytes_of_answer(config, torch.bfloat16, prompt=500, answer=2048, generations=8)
-    places = 40 * BLOCK  # 2,548 tokens in whole blocks
-    assert 57_344 * places < need < 1.07 * 57_344 * places
+    places = 32 * BLOCK + 8 * BLOCK // 8  # 2,048 tokens in whole blocks, and an eighth of 500
+    assert 57_344 * places < need < 1.1 * 57_344 * places
     twice = bytes_of_answer(config, torch.float32, prompt=500, answer=2048, generations=8)
-    logits = 32 * 152_064
-    assert twice - logits == 2 * (need - logits)
+    others = 32 * 152_064 + 12 * 28 * (500 + 2048) + 2048 * 2048  # logits, scores, keys of a layer in fp32
+    assert twice - others == 2 * (need - others)
 
 
 def test_a_long_prompt_with_one_short_answer_needs_what_reading_it_needs():

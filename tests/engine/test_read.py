@@ -72,8 +72,10 @@ def test_trap_masks(policy, processor, problems):
 # --- gradients --------------------------------------------------------------------------------------------------------
 
 
-def test_gradient_against_the_plain_forward_pass(policy, processor, problems):
-    """Packed rows and recomputed chunks against policy.forward and autograd: gradients equal to 1e-5 relative."""
+@pytest.mark.parametrize("positions", [7, 10**6], ids=["recomputed chunks", "one chunk"])
+def test_gradient_against_the_plain_forward_pass(policy, processor, problems, monkeypatch, positions):
+    """Packed rows and chunks of positions against policy.forward and autograd: gradients equal to 1e-5 relative."""
+    monkeypatch.setattr(common, "LOGITS", positions * policy.vocabulary)
     rollout = draw(policy, processor, problems[:3], G=2, temperature=1.0)
     ours = gradient(policy, rollout, in_batches_of(4, rollout), rollout.mask_BT)
     policy.zero_grad()
@@ -148,6 +150,21 @@ def test_logits_exist_for_one_chunk_of_positions_only(policy, processor, problem
         read(watched, rollout, policy)
     assert max(met) == 7
     assert sum(met) == int(rollout.mask_BT.sum())
+
+
+@pytest.mark.parametrize("positions, times", [(7, 2), (10**6, 1)])
+def test_chunks_are_recomputed_only_where_there_are_several(policy, processor, problems, monkeypatch, positions, times):
+    """In the backward pass: one chunk's logits are there already, and recomputing them would save no memory."""
+    rollout = draw(policy, processor, problems[:2], G=2)
+    monkeypatch.setattr(common, "LOGITS", positions * policy.vocabulary)
+    met = []
+
+    def watched(logits_NV, tokens_N):
+        met.append(len(logits_NV))
+        return token_logps(logits_NV, tokens_N)
+
+    read(watched, rollout, policy).sum().backward()
+    assert sum(met) == times * int(rollout.mask_BT.sum())
 
 
 def test_reading_with_and_without_grad_is_bitwise_equal(policy, processor, problems):

@@ -3,22 +3,23 @@
 import dataclasses
 import json
 
+from harness import memory
 from lab import bench, peaks, plan
 from lab.shapes import SHAPES, config_of
 
 import pytest
 from conftest import ROOT
 
-WORK = plan.Work(S=1400, patches=5000, T=350, T_most=2048, G=12, wave=1024, row=12)
+WORK = memory.Work(S=1400, patches=5000, T=350, T_most=2048, G=12, wave=1024, row=12)
 
 
-def gpus(number, memory=80):
-    return plan.Machine(number, memory * plan.GB)
+def gpus(number, gigabytes=80):
+    return memory.Machine(number, gigabytes * plan.GB)
 
 
 @pytest.fixture(scope="module")
 def weights():
-    return {name: plan.count_weights(config_of(name)) for name in SHAPES}
+    return {name: memory.count_weights(config_of(name)) for name in SHAPES}
 
 
 @pytest.mark.parametrize("name, published", [("3B", 3.75), ("7B", 8.29), ("32B", 33.5), ("72B", 73.4)])
@@ -33,7 +34,7 @@ def test_the_parts_of_a_model_are_its_whole(weights):
     layers = config.get_text_config().num_hidden_layers
     assert layers * seven.layer + seven.outside < seven.all
     assert seven.trained < seven.all
-    assert plan.count_weights(config, train_vision=True).trained == seven.all
+    assert memory.count_weights(config, train_vision=True).trained == seven.all
 
 
 def test_what_it_depends_on(weights):
@@ -45,12 +46,12 @@ def test_what_it_depends_on(weights):
     def total(phase, machine=eight, **changes):
         return sum(phase(config, weights["7B"], dataclasses.replace(WORK, **changes), machine).values())
 
-    assert total(plan.sampling, gpus(4)) - total(plan.sampling, gpus(8)) == pytest.approx(
+    assert total(memory.sampling, gpus(4)) - total(memory.sampling, gpus(8)) == pytest.approx(
         (4 * weights["7B"].all + 8 * weights["7B"].trained) / 8)
-    assert total(plan.sampling, T_most=1024) < total(plan.sampling)
-    assert total(plan.sampling, wave=256) < total(plan.sampling)
-    assert total(plan.updating, row=4) < total(plan.updating)
-    assert total(plan.updating, T=2048) > total(plan.updating)
+    assert total(memory.sampling, T_most=1024) < total(memory.sampling)
+    assert total(memory.sampling, wave=256) < total(memory.sampling)
+    assert total(memory.updating, row=4) < total(memory.updating)
+    assert total(memory.updating, T=2048) > total(memory.updating)
 
 
 def test_the_largest_wave_that_fits(weights):
@@ -60,9 +61,9 @@ def test_the_largest_wave_that_fits(weights):
     found = plan.fit(config, weights["7B"], WORK, machine)
     assert found.wave % WORK.G == 0
     room = machine.memory * plan.MARGIN
-    assert sum(plan.sampling(config, weights["7B"], found, machine).values()) <= room
+    assert sum(memory.sampling(config, weights["7B"], found, machine).values()) <= room
     larger = dataclasses.replace(found, wave=found.wave + WORK.G)
-    assert sum(plan.sampling(config, weights["7B"], larger, machine).values()) > room
+    assert sum(memory.sampling(config, weights["7B"], larger, machine).values()) > room
     assert found.row == WORK.G
 
 
