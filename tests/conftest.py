@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from watchdog import run_watched
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a name that is no folder must fail at once, not after retries
 torch.set_num_threads(1)  # the models are tiny: two threads wait for each other more than they work
@@ -124,5 +125,4 @@ def run_torchrun(*command, timeout=300, processes=2, cwd=ROOT, **environment):
     """Runs `torchrun command...` from the project's root, and returns what came of it."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
     env = os.environ | {"ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT), "TQDM_DISABLE": "1"} | environment
-    return subprocess.run([*launcher, *map(str, command)], cwd=cwd, env=env, timeout=timeout, capture_output=True,
-                          text=True)
+    return run_watched([*launcher, *command], timeout, cwd=cwd, env=env)
