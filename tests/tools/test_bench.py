@@ -15,7 +15,7 @@ from transformers import AutoModelForImageTextToText
 def measure(folder, tmp_path, monkeypatch):
     """Runs a small benchmark; returns the numbers that it wrote."""
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")  # main sets it; this puts it back
-    monkeypatch.setattr(bench, "SHARES", (0.25,))
+    monkeypatch.setattr(bench, "SHARES", {0.25: ">= 3"})
     monkeypatch.setattr(bench, "MICRO", 4)
     monkeypatch.setattr(bench, "VOCABULARY", 4096)
     monkeypatch.setattr(bench, "LENGTH", 16)
@@ -38,6 +38,7 @@ def test_the_parts_and_that_both_sides_agree(measure, capsys, monkeypatch):
     monkeypatch.setattr(bench, "trl", None)
     rows = measure("--parts", "sampler", "update", "trl", "memory")
     assert [row["part"] for row in rows] == ["sampler"] * 2 + ["update"] * 2 + ["memory"]
+    assert [row["greedy_gap"] for row in rows[:2]] == [0, 0]
     for row in rows[2:4]:
         assert row["loss_gap"] < 1e-5
         assert row["gradient_gap"] < 1e-5
@@ -164,7 +165,8 @@ def test_shape_mode_runs_grpo_with_the_whole_head(measure, monkeypatch):
     numbers = measure("--shape", "tiny", "--device", "cpu")
     assert widths == {512}  # the tabletop's tokenizer names fewer
     assert list(numbers) == [
-        "tokens_per_second_sample", "tokens_per_second_update", "cpu", "tokens", "peak_memory_gb"]
+        "tokens_per_second_sample", "tokens_per_second_update", "cpu", "tokens", "prompt_tokens",
+        "peak_memory_gb"]
     assert numbers["tokens"] <= 4 * 3 * 8
     assert numbers["peak_memory_gb"] > 0.1
     assert min(numbers["tokens_per_second_sample"], numbers["tokens_per_second_update"]) > 0
