@@ -218,7 +218,8 @@ def ways(problems, rows_of, embed):
     rows_of: {model: lines of samples.jsonl}.
     """
     groups = []
-    for problem in problems[:SHOWN]:
+    for place in range(min(SHOWN, len(problems))):
+        problem = problems[place]
         theirs = {model: next(row for row in rows if row["id"] == problem["id"]) for model, rows in rows_of.items()}
         texts = {model: [reasoning(text) for text in row["texts"]] for model, row in theirs.items()}
         groups.append(dict(
