@@ -282,21 +282,34 @@ def positions_of(policy: Policy, prompts: Prompts, p: int) -> tuple[torch.Tensor
 def encode(processor: Processor, problems: Iterable[dict]) -> Prompts:
     """Problems (dicts as load_problems gives them) to Prompts. Nothing is truncated; pictures keep the pixel budget.
 
-    Each problem is given a `size`: width and height in pixels of its first picture as the processor resized it.
+    Each problem is given a `size`: width and height in pixels of its first picture as the processor resized it. One
+    without pictures, which no data set holds, is text alone, and has no patches.
     """
     patch = processor.image_processor.patch_size
     prompts = Prompts.empty()
     for problem in problems:
         out = processor(
-            text=[chat(processor, problem)], images=problem["images"], return_tensors="pt",
+            text=[chat(processor, problem)], images=problem["images"] or None, return_tensors="pt",
             return_mm_token_type_ids=True)
-        _, rows, columns = out["image_grid_thw"][0].tolist()
-        prompts.problems.append({**problem, "size": (columns * patch, rows * patch)})
+        grids = out.get("image_grid_thw", torch.zeros(0, 3, dtype=torch.long))
+        if len(grids) > 0:
+            _, rows, columns = grids[0].tolist()
+            problem = {**problem, "size": (columns * patch, rows * patch)}
+        prompts.problems.append(problem)
         prompts.ids.append(out["input_ids"][0])
         prompts.types.append(out["mm_token_type_ids"][0])
-        prompts.pixels.append(out["pixel_values"])
-        prompts.grids.append(out["image_grid_thw"])
+        prompts.pixels.append(out.get("pixel_values", torch.zeros(0, 1)))
+        prompts.grids.append(grids)
     return prompts
+
+
+def pictures_of(pixels: Sequence, grids: Sequence, places: Iterable[int], device: torch.device) -> dict:
+    """The pictures of the prompts at `places` as arguments of Policy.body: none where the prompts are all text."""
+    shown = [p for p in places if len(grids[p]) > 0]
+    if not shown:
+        return {}
+    return dict(
+        pixels=torch.cat([pixels[p] for p in shown]).to(device), grids=torch.cat([grids[p] for p in shown]).to(device))
 
 
 # === sample ===========================================================================================================
@@ -431,11 +444,10 @@ def prefill(policy: Policy, prompts: Prompts, members: range, repeats: int) -> D
         mask_RS[row, start:] = 1
         positions_3RS[:, row, start:], first_R[row] = positions_of(policy, prompts, p)
     device = policy.device
-    pixels = torch.cat([prompts.pixels[p] for p in members]).to(device)
-    grids = torch.cat([prompts.grids[p] for p in members]).to(device)
+    pictures = pictures_of(prompts.pixels, prompts.grids, members, device)
     cache = block_cache(policy.config)
     hidden_RSD = policy.body(
-        ids_RS.to(device), positions_3RS.to(device), mask_RS.to(device), pixels=pixels, grids=grids, cache=cache)
+        ids_RS.to(device), positions_3RS.to(device), mask_RS.to(device), cache=cache, **pictures)
     return Decoding(
         hidden_BD=hidden_RSD[:, -1].repeat_interleave(repeats, 0),
         next_B=first_R.to(device).repeat_interleave(repeats, 0),
@@ -514,7 +526,7 @@ def read_once(fn: Callable, part: Rollout, readings: Sequence[Reading]) -> tuple
     hiddens_ND = []
     for reading in readings:
         inputs, where_N = pack(part, reading)
-        hiddens_ND.append(reading.policy.body(*inputs)[0, where_N])
+        hiddens_ND.append(reading.policy.body(**inputs)[0, where_N])
     tokens_N = part.tokens_BT[part.mask_BT.bool()]
     first, *others = readings
     pairs = [(reading.policy, hidden) for reading, hidden in zip(others, hiddens_ND[1:], strict=True)]
@@ -532,7 +544,7 @@ def check_finite(fn: Callable, value_N: torch.Tensor, part: Rollout, row_N: torc
                     f"{name_of(fn)}, then at its logits (the model's weights, or this problem's picture)")
 
 
-def pack(rollout: Rollout, reading: Reading) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
+def pack(rollout: Rollout, reading: Reading) -> tuple[dict, torch.Tensor]:
     """The inputs of one forward pass: a packed row for each group, its prompt once, its answers behind it side by side.
 
     The rows lie one behind the other, without padding. An answer token sees the prompt and its own answer up to itself;
@@ -566,13 +578,12 @@ def pack(rollout: Rollout, reading: Reading) -> tuple[tuple[torch.Tensor, ...], 
     device = reading.policy.device
     rows = pack_rows(
         [len(prompts.ids[p]) for p in groups], [[lengths[b] for b in answers] for answers in groups.values()], device)
-    shown = reading.pixels or prompts.pixels
-    pixels = torch.cat([shown[p] for p in groups]).to(device)  # trap: image rows
-    grids = torch.cat([prompts.grids[p] for p in groups]).to(device)
+    pictures = pictures_of(reading.pixels or prompts.pixels, prompts.grids, groups, device)  # trap: image rows
     ids_1N = torch.cat(ids)[None].to(device)
     positions_31N = torch.cat(positions, 1)[:, None].to(device)
     where_N = torch.cat([predictors[b] for b in range(len(rollout))]).to(device)
-    return (ids_1N, positions_31N, {"full_attention": rows}, pixels, grids), where_N
+    inputs = dict(ids_RL=ids_1N, positions_3RL=positions_31N, mask={"full_attention": rows}, **pictures)
+    return inputs, where_N
 
 
 def token_logps(logits_NV: torch.Tensor, tokens_N: torch.Tensor) -> torch.Tensor:
