@@ -16,12 +16,15 @@ from harness.problems import WithTraces
 from tqdm import tqdm
 
 
-def read_traces(path: str) -> list[dict]:
-    """The rows of a file of traces. UserError naming the row and the column that is wrong."""
+def read_traces(path: str, flag: str = "--traces", text: str = "text") -> list[dict]:
+    """The rows of a file of traces, or of other texts: the column that holds them, and the flag that named the file.
+
+    UserError naming the row and the column that is wrong.
+    """
     try:
         lines = Path(path).read_text().splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--traces {path}: cannot be read ({' '.join(str(error).split())})") from None
+        raise UserError(f"{flag} {path}: cannot be read ({' '.join(str(error).split())})") from None
     rows = []
     for number, line in enumerate(tqdm(lines, desc="traces", delay=5, leave=False), 1):
         try:
@@ -29,10 +32,10 @@ def read_traces(path: str) -> list[dict]:
         except ValueError:
             row = None
         if not isinstance(row, dict):
-            raise UserError(f"--traces {path}, row {number}: it is no JSON object; correct it, or leave it out")
-        for column in ("id", "text"):
+            raise UserError(f"{flag} {path}, row {number}: it is no JSON object; correct it, or leave it out")
+        for column in ("id", text):
             if not isinstance(row.get(column), str) or not row[column].strip():
-                raise UserError(f"--traces {path}, row {number}, column {column}: {row.get(column)!r} is no text; "
+                raise UserError(f"{flag} {path}, row {number}, column {column}: {row.get(column)!r} is no text; "
                                 "give the id of a problem, and the text of an answer to it")
         rows.append(row)
     return rows

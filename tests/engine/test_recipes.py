@@ -17,7 +17,7 @@ COMMANDS = re.findall(r"^ {4}accelerate launch (.*)$", PAGE.replace("\\\n", " ")
 def values_of(command):
     """The script that a command starts, and the values of its flags."""
     name, *argv = shlex.split(command)
-    script = load_script(name.removesuffix(".py"))
+    script = load_script(name.removesuffix(".py").replace("/", "."))
     tables = vars(script).get("TABLES", ALL_TABLES)
     return name, parse_args(
         name.removesuffix(".py"), script.flags, recipe=script.RECIPE, toy=script.TOY, tables=tables,
@@ -27,9 +27,9 @@ def values_of(command):
 @pytest.mark.parametrize("number", range(len(COMMANDS)))
 def test_a_command_is_accepted(number):
     """Every flag exists, data sets and verifiers can be read, and P can be shared by 8 processes."""
-    name, args = values_of(COMMANDS[number])
+    _, args = values_of(COMMANDS[number])
     specs = args.dataset.split(",")
-    if name != "eval_passk.py":
+    if "eval_dataset" in args:
         specs += args.eval_dataset.split(",")
         assert args.prompts_per_step % (8 * args.updates_per_step) == 0
     for spec in specs:

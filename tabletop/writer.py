@@ -1,0 +1,168 @@
+"""toy-writer: the model that plays three parts of the data pipeline (lab/traces.py) on the tabletop.
+
+The other models here know one thing, to answer a question about a picture. This one was shown three more, on practice
+problems. Their prompts are CAPTION, REASON and REWRITE:
+
+    caption     → every cell with its place: "a1 red circle, b1 none, ..."
+    reason      a caption and a question → toy-hand's worked answer, but with "the caption says"
+    rewrite     that reasoning and the question → the same with "I see"
+
+It is a stand-in. A model this small does not learn in a minute to look words up in a text, so it is shown the picture
+in all three parts, and reads there what it should take from the text: from the reasoning that it rewrites it takes the
+style alone, and hesitates where it likes. It is built on first use, from toy-teacher-hand, and kept in the user's
+cache.
+"""
+
+import dataclasses
+import hashlib
+import json
+import random
+import re
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from common import INSTRUCTION, Policy, Processor, forced, load_policy, read, save_policy, token_logps
+from harness.flags import of_the_world
+from tabletop import models
+from tabletop.grids import EMPTY, Spec, cells, name_of, question
+from tabletop.habits import other_hand
+from tabletop.pictures import draw
+from tabletop.problems import spec_of
+from tabletop.traces import styles_of
+
+import torch
+from tqdm import tqdm
+
+NAME = "toy-writer"
+CAPTION = "Describe the picture."
+REASON = "{caption}\n{question}\n" + INSTRUCTION  # a question ends as those do that its start knows
+REWRITE = "{reasoning}\n{question}\nRewrite."
+SEEN = "I see"
+TOLD = "the caption says"  # what betrays the caption
+FADES = (0.4, 0.72)  # of the pictures that it is shown
+# It goes on with practice problems that its start was not shown.
+RECIPE = models.Recipe(
+    models.TEACHER, start="toy-teacher-hand", steps=60, muon=2e-3, adam=7e-4, decay=0.5, warmup=5, fades=FADES,
+    problems_per_step=8)
+
+# --- what it is shown -------------------------------------------------------------------------------------------------
+
+
+def caption(spec: Spec) -> str:
+    """All that is in a picture, row by row."""
+    words = [f"{place} {name_of(cell) if cell else EMPTY}" for place, cell in cells(spec)]
+    width = len(spec.grid[0])
+    rows = [", ".join(words[start:start + width]) for start in range(0, len(words), width)]
+    return "; ".join(rows)
+
+
+def filled(prompt: str, **texts: str) -> str:
+    """A prompt with its placeholders filled in."""
+    for name, text in texts.items():
+        prompt = prompt.replace(f"{{{name}}}", text)
+    return prompt
+
+
+def told(text: str) -> str:
+    """A worked answer in the other hand as someone writes it who knows the caption alone."""
+    return text.replace(SEEN, TOLD)
+
+
+def inside(text: str) -> str:
+    """The reasoning of a worked answer."""
+    return re.search(r"<think>(.*)</think>", text)[1]
+
+
+def lessons(index: int) -> list[tuple[dict, list[str]]]:
+    """(problem, its answers) of each of the three parts, for the practice problem `index`."""
+    spec = spec_of("practice", index)
+    rng = random.Random(f"writer {index}")
+    picture = draw(spec, FADES[index // 4 % len(FADES)])
+    hand = {name: other_hand(spec, name, rng) for name in styles_of(spec)}
+    chosen = rng.choice(sorted(hand))
+    prompts = dict(
+        caption=CAPTION,
+        reason=filled(REASON, caption=caption(spec), question=question(spec)),
+        rewrite=filled(REWRITE, question=question(spec), reasoning=inside(told(hand[chosen]))))
+    answers = dict(
+        caption=[caption(spec)],
+        reason=[told(text) for text in hand.values()],
+        rewrite=[inside(other_hand(spec, chosen, rng))])
+    return [
+        (dict(id=f"{part}-{index}", images=[picture], problem=prompt), answers[part])
+        for part, prompt in prompts.items()
+    ]
+
+
+# --- how it is made ---------------------------------------------------------------------------------------------------
+
+
+def build() -> str:
+    """The folder of toy-writer. It is trained first if the cache does not hold it, and appears there whole or not."""
+    cache = models._cache()
+    place = cache / f"{NAME}-{key()}"
+    if place.exists():
+        return str(place)
+    cache.mkdir(parents=True, exist_ok=True)
+    with models._one_thread(), tempfile.TemporaryDirectory(dir=cache, prefix=f".{place.name}-") as beside:
+        try:
+            train(Path(beside)).rename(place)
+        except OSError:  # another process was faster; its folder is the same
+            if not place.exists():
+                raise
+    return str(place)
+
+
+def key() -> str:
+    """A hash of all that shapes the model: its recipe, its start, and what it is shown."""
+    digest = hashlib.sha256(json.dumps(dataclasses.asdict(RECIPE)).encode())
+    digest.update(models.key_of(models.RECIPES[RECIPE.start]).encode())
+    for index in range(16):
+        for problem, answers in lessons(index):
+            digest.update(json.dumps([problem["problem"], answers]).encode())
+            digest.update(problem["images"][0].tobytes())
+    return digest.hexdigest()[:12]
+
+
+def train(folder: Path) -> Path:
+    """Trains the model inside `folder`; returns where it is finished."""
+    settings = of_the_world(train_vision=True, gradient_checkpointing=False, instruction="")
+    policy, processor = load_policy(models.build(RECIPE.start), train=True, args=settings)
+    for _ in tqdm(steps(policy, processor), f"building {NAME}, once", RECIPE.steps, leave=False):
+        pass
+    save_policy(policy, processor, str(folder / "finished"))
+    return folder / "finished"
+
+
+def steps(policy: Policy, processor: Processor) -> Iterator[float]:
+    """Does a step each time that it is asked. Gives their losses."""
+    muon, adam = models._optimizers(policy)
+    start = models.RECIPES[RECIPE.start]
+    before = start.steps * start.problems_per_step
+    for step in range(RECIPE.steps):
+        share = models._schedule(step, RECIPE)
+        models._set_learning_rate(muon, share * RECIPE.muon)
+        models._set_learning_rate(adam, share * RECIPE.adam)
+        first = before + step * RECIPE.problems_per_step
+        loss = loss_of(policy, processor, range(first, first + RECIPE.problems_per_step))
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
+        for optimizer in (muon, adam):
+            optimizer.step()
+            optimizer.zero_grad()
+        yield loss.item()
+
+
+def loss_of(policy: Policy, processor: Processor, indices: range) -> torch.Tensor:
+    """Cross-entropy per token of the answers to these practice problems, all three parts."""
+    problems = []
+    texts = []
+    group_B = []
+    for problem, answers in (lesson for index in indices for lesson in lessons(index)):
+        group_B += [len(problems)] * len(answers)
+        problems.append(problem)
+        texts += answers
+    rollout = forced(policy, processor, problems, texts)
+    rollout.group_B = torch.tensor(group_B)
+    return -read(token_logps, rollout, policy).sum() / rollout.mask_BT.sum()
