@@ -1,6 +1,7 @@
 """The small world under the algorithms: load a model, sample answers, read them, grade them.
 
     load      load_policy, save_policy, load_problems    Qwen2.5-VL of any size, whole or sharded, and what it is asked
+              load_judge                                 a reward model, for answers in free text
     encode    encode, check_problems                     problems to token ids and picture patches
     sample    sample, forced                             the first verb: a model makes answers
     read      read, token_logps, token_entropy           the second verb: a model looks at answers
@@ -22,6 +23,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from harness import problems as data_sets
+from harness import reward_model as reward_models
 from harness import sharding
 from harness.answers import (
     VERIFIERS,
@@ -41,6 +43,7 @@ from harness.flags import UserError, is_toy, of_the_world
 from harness.memory import LOGITS
 from harness.processor import Processor, loading, make_processor
 from harness.prompts import chat
+from harness.reward_model import RewardModel
 from harness.rollout import Prompts, Rollout, name_of
 from harness.run import Run, bootstrap, generator
 
@@ -55,6 +58,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, DynamicCache
 
 PAGE = 2**20  # bytes, about what the page of a run and its pictures take
 OPEN_ENDED_BETA = 1.0  # how fast an open-ended reward saturates; the paper gives no number
+BELOW_ONE = 1 - 2**-24  # the largest fp32 below 1: an open-ended reward never gets there
 # A picture token in an answer breaks the next forward pass: "image features and image tokens do not match".
 VISION_TOKENS = ["<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>"]
 
@@ -265,6 +269,21 @@ def load_data_set(spec: str, run: Run | None) -> Sequence[dict]:
     if run:
         data_sets.note_left_out(run, spec, checked)
     return problems
+
+
+def load_judge(name: str, run: Run | None = None) -> RewardModel | None:
+    """The reward model called `name`, which scores open_ended answers: a folder, a name on the hub, or toy-judge.
+
+    None for "none". Each process has a copy of its own on the CPU.
+    """
+    if name == "none":
+        return None
+    folder = find_model(name, run)
+    model, tokenizer = reward_models.load(name, folder)
+    processor = None
+    if reward_models.sees_pictures(model):
+        processor = make_processor(AutoImageProcessor.from_pretrained(folder), tokenizer, run.args if run else None)
+    return RewardModel(model, tokenizer, run.device if run else torch.device("cpu"), processor)
 
 
 # === encode ===========================================================================================================
@@ -628,13 +647,12 @@ def grade(problem: dict, text: str, judge: Callable | None = None) -> float:
     verifier = problem["verifier"]
     gold = unbox(problem["answer"])
     answer = final_answer(text)
-    if judge is None:
-        check_gradable(problem)
+    check_gradable(problem, judge is not None)
     if answer is None:
         return 0.0
     if verifier == "open_ended":
         better = max(judge(problem, answer) - judge(problem, gold), 0.0)
-        return 1 - math.exp(-OPEN_ENDED_BETA * better)
+        return min(-math.expm1(-OPEN_ENDED_BETA * better), BELOW_ONE)
     if verifier == "math":
         return float(same_math(gold, answer))
     read_value, _ = VERIFIERS[verifier]
@@ -660,7 +678,9 @@ def is_right(problem: dict, text: str, judge: Callable | None = None) -> bool:
 # === finish ===========================================================================================================
 
 
-def evaluate(run: Run, policy: Policy, processor: Processor, held_out: Sequence[dict]) -> dict[str, float]:
+def evaluate(
+    run: Run, policy: Policy, processor: Processor, held_out: Sequence[dict], judge: RewardModel | None = None,
+) -> dict[str, float]:
     """Held-out pass@1: mean accuracy over problems at temperature 1, with a 95% bootstrap interval; {} without any.
 
     The draws depend on the seed and the problem alone, so that two measurements of a run are paired.
@@ -672,8 +692,8 @@ def evaluate(run: Run, policy: Policy, processor: Processor, held_out: Sequence[
     rollout = sample(  # a process without a problem of its own samples too: the weights are gathered by all
         policy, processor, mine or held_out[:1], args.num_generations_eval, seed=(args.seed, "eval"),
         max_completion_length=args.max_completion_length, sample_batch_size=args.sample_batch_size)
-    right = [is_right(problem, text) for problem, text in zip(rollout.problems, rollout.texts, strict=True)]
-    accuracy_P = np.array(right, dtype=float).reshape(-1, args.num_generations_eval).mean(1)[:len(mine)]
+    right_PG = rollout.score(is_right, judge).cpu().double().numpy()
+    accuracy_P = right_PG.mean(1)[:len(mine)]
     everyones_P = np.empty(len(held_out))
     for rank, theirs in enumerate(run.gather(accuracy_P)):
         everyones_P[rank::run.world] = theirs  # in the order of the problems, so that the interval is one process's too

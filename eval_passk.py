@@ -33,6 +33,7 @@ from common import (
     find_model,
     format_reward,
     is_right,
+    load_judge,
     load_policy,
     load_problems,
     load_processor,
@@ -115,13 +116,15 @@ def flags(parser):
     parser.add_argument("--embedder", default="Qwen/Qwen3-Embedding-0.6B", help="a sentence-embedding model, or ngrams")
 
 
-def answer_all(run, model, name, problems):
+def answer_all(run, model, name, problems, *, judge):
     """The lines of samples.jsonl of one model on one data set. What is missing is sampled, and written there."""
     args = run.args
     settings = dict(max_completion_length=args.max_completion_length)
     key = dict(
         model=model, weights=fingerprint(find_model(model, run)), dataset=name, n=args.num_samples,
         temperature=args.temperature, **settings, **prompt_settings(args), seed=args.seed)
+    if judge is not None:
+        key |= dict(reward_model=args.reward_model, judge_weights=fingerprint(find_model(args.reward_model, run)))
 
     def prepare(left):
         policy, processor = load_policy(model, run)
@@ -131,7 +134,7 @@ def answer_all(run, model, name, problems):
         def answer(some):
             many = sample(policy, processor, some, args.num_samples, temperature=args.temperature, **same)
             greedy = sample(policy, processor, some, 1, temperature=0, **same)
-            return rows_of(many, greedy)
+            return rows_of(many, greedy, judge)
 
         return answer
 
@@ -141,8 +144,10 @@ def answer_all(run, model, name, problems):
         run.path("samples.jsonl"), key, problems, prepare, share=share, desc=f"{model} on {name}")
 
 
-def rows_of(many, greedy):
+def rows_of(many, greedy, judge=None):
     """One line of samples.jsonl for each problem of a rollout and its greedy twin."""
+    right_PG = many.score(is_right, judge).bool().tolist()
+    greedy_right_P1 = greedy.score(is_right, judge).bool().tolist()
     tokens_B = many.mask_BT.sum(1)
     entropy_B = (many.entropy_BT * many.mask_BT).sum(1)
     cut_B = 1 - many.finished_B
@@ -154,8 +159,8 @@ def rows_of(many, greedy):
             id=problem["id"],
             verifier=problem["verifier"],
             greedy=greedy.texts[p],
-            greedy_right=is_right(problem, greedy.texts[p]),
-            right=[is_right(problem, text) for text in texts],
+            greedy_right=greedy_right_P1[p][0],
+            right=right_PG[p],
             format=[format_reward(problem, text) for text in texts],
             answers=[final_answer(text) for text in texts],
             tokens=tokens_B[answers].tolist(),
@@ -288,12 +293,13 @@ def main(args):
     for name, problems in data.items():
         if len(problems) == 0:
             raise UserError(f"--dataset {args.dataset}: there is nothing to measure in {name}; leave it out")
+    judge = load_judge(args.reward_model, run)
     os.makedirs(run.folder, exist_ok=True)
     list_skipped(run)
     results = []
     groups = []
     for name, problems in data.items():
-        rows = {model: answer_all(run, model, name, problems) for model in models}
+        rows = {model: answer_all(run, model, name, problems, judge=judge) for model in models}
         for model in models:
             if embed is not None:
                 add_diversity(run, rows[model], embed, f"diversity of {model} on {name}")

@@ -21,8 +21,9 @@ Departures from the paper, as in today's recipes for vision-language models:
     --average answer: only another weight.
  2. β is 0, and then no reference model is loaded. With --beta the reference is the starting model throughout. k3
     averages to KL(π_θ‖π_ref); differentiated as a loss it gives the gradient of KL(π_ref‖π_θ).
- 3. The reference is never renewed, and rewards are rules, not a model. The z-score has 1e-6 in its denominator. 0.9
-    and 0.1 are EasyR1's (VLAA-Thinker has no format reward: --format_weight 0).
+ 3. The reference is never renewed, and rewards are rules, not a model (but for answers in free text, with
+    --reward_model). The z-score has 1e-6 in its denominator. 0.9 and 0.1 are EasyR1's (VLAA-Thinker has no format
+    reward: --format_weight 0).
  4. The vision tower is frozen unless --train_vision.
  5. Groups whose advantages are all zero are not read (with --beta they are): they have no gradient. Their tokens still
     count in (4).
@@ -53,6 +54,7 @@ from common import (
     finish,
     format_reward,
     grade,
+    load_judge,
     load_policy,
     load_problems,
     read,
@@ -190,24 +192,24 @@ def main(args):
     policy, processor = load_policy(args.model, run, train=True)
     reference = load_policy(args.model, run)[0] if args.beta else None
     optimizer = torch.optim.AdamW(trained_weights(policy), lr=args.learning_rate, weight_decay=args.weight_decay)
+    judge = load_judge(args.reward_model, run)
     problems, held_out = check_problems(run, processor, problems, held_out)
     run.state["beta"] = args.beta
     run.start(policy, optimizer)
     if held_out and run.done == 0:
-        run.log(0, evaluate(run, policy, processor, held_out))
+        run.log(0, evaluate(run, policy, processor, held_out, judge=judge))
 
     for step in run.steps():
         # --- sample: G answers to each of this step's problems --------------------------------------------------------
         rollout = sample(
             policy, processor, run.batch(problems, step), args.num_generations, seed=(args.seed, step),
             max_completion_length=args.max_completion_length, temperature=args.temperature,
-            sample_batch_size=args.sample_batch_size,
-        )
+            sample_batch_size=args.sample_batch_size)
         mask_BT = rollout.mask_BT
         run.lap("sample")
 
         # --- score: how good is each answer? --------------------------------------------------------------------------
-        accuracy_PG = rollout.score(grade)
+        accuracy_PG = rollout.score(grade, judge)
         format_PG = rollout.score(format_reward)
         rewards_PG = (1 - args.format_weight) * accuracy_PG + args.format_weight * format_PG
 
@@ -250,7 +252,7 @@ def main(args):
             answers = args.prompts_per_step * args.num_generations
             run.state["beta"] = adapted_beta(run.state["beta"], metrics["kl"], args.kl_target, answers)
         if run.due(args.eval_steps):
-            metrics |= evaluate(run, policy, processor, held_out)
+            metrics |= evaluate(run, policy, processor, held_out, judge=judge)
         run.log(step, metrics, rollout.samples(rewards_PG.flatten()), rollout.pictures)
 
         # --- checkpoint -----------------------------------------------------------------------------------------------

@@ -51,6 +51,7 @@ from common import (
     finish,
     format_reward,
     grade,
+    load_judge,
     load_policy,
     load_problems,
     read,
@@ -171,18 +172,18 @@ def main(args):
     teacher, teacher_processor = load_policy(args.teacher, run)
     check_vocabulary(args, processor, teacher_processor)
     optimizer = torch.optim.AdamW(trained_weights(policy), lr=args.learning_rate, weight_decay=args.weight_decay)
+    judge = load_judge(args.reward_model, run)
     problems, held_out = check_problems(run, processor, problems, held_out)
     run.start(policy, optimizer)
     if held_out and run.done == 0:
-        run.log(0, evaluate(run, policy, processor, held_out))
+        run.log(0, evaluate(run, policy, processor, held_out, judge=judge))
 
     for step in run.steps():
         # --- sample: G answers of the student to each of this step's problems -----------------------------------------
         rollout = sample(
             policy, processor, run.batch(problems, step), args.num_generations, seed=(args.seed, step),
             max_completion_length=args.max_completion_length, temperature=args.temperature,
-            sample_batch_size=args.sample_batch_size,
-        )
+            sample_batch_size=args.sample_batch_size)
         run.lap("sample")
 
         # --- update: move towards the teacher on the student's own answers --------------------------------------------
@@ -192,13 +193,13 @@ def main(args):
         run.lap("update")
 
         # --- log: accuracy is watched, nothing learns from it ---------------------------------------------------------
-        accuracy_PG = rollout.score(grade)
+        accuracy_PG = rollout.score(grade, judge)
         metrics |= dict(
             accuracy=run.mean(accuracy_PG), format=run.mean(rollout.score(format_reward)),
             learning_rate=learning_rate(step, args), **rollout.metrics(run),
         )
         if run.due(args.eval_steps):
-            metrics |= evaluate(run, policy, processor, held_out)
+            metrics |= evaluate(run, policy, processor, held_out, judge=judge)
         run.log(step, metrics, rollout.samples(accuracy_PG.flatten()), rollout.pictures)
 
         # --- checkpoint -----------------------------------------------------------------------------------------------

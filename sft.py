@@ -41,6 +41,7 @@ is refused before it is loaded: have it write its answers elsewhere, and give th
 A healthy run: loss and eval_loss fall together; where eval_loss turns up, over-training begins.
 """
 
+import functools
 import hashlib
 import json
 import os
@@ -53,6 +54,7 @@ from common import (
     forced,
     format_reward,
     is_right,
+    load_judge,
     load_policy,
     load_problems,
     read,
@@ -141,7 +143,7 @@ def check_vocabulary(args, processor, teacher_processor):
                         f"{other[0]!r} for one; distil from a model of the same family")
 
 
-def teacher_traces(run, problems, loaded=None):
+def teacher_traces(run, problems, loaded=None, judge=None):
     """The teacher's answers to `problems` that are right and well-formed, as problems with a trace, in their order.
 
     All answers are kept in a file, so a stopped sampling goes on where it was. `loaded` is the teacher with its
@@ -169,7 +171,7 @@ def teacher_traces(run, problems, loaded=None):
             rollout = sample(
                 teacher, processor, some, args.teacher_samples, seed=(args.seed, "teacher"),
                 sample_batch_size=args.sample_batch_size, **settings)
-            return [verified(rollout, b) for b in range(len(rollout))]
+            return verified(rollout, judge)
 
         return answer
 
@@ -182,26 +184,29 @@ def teacher_traces(run, problems, loaded=None):
     return found
 
 
-def verified(rollout, b):
-    """One answer of the teacher, as it is kept: a trace is worth learning if it is right and well-formed."""
-    problem = rollout.problems[b]
-    text = rollout.texts[b]
-    return dict(id=problem["id"], text=text, tokens=int(rollout.mask_BT[b].sum()), right=is_good(problem, text))
+def verified(rollout, judge):
+    """The teacher's answers, as they are kept: a trace is worth learning if it is right and well-formed."""
+    good_B = rollout.score(is_good, judge).flatten().tolist()
+    tokens_B = rollout.mask_BT.sum(1).long().tolist()
+    rows = []
+    for b, (problem, text) in enumerate(zip(rollout.problems, rollout.texts, strict=True)):
+        rows.append(dict(id=problem["id"], text=text, tokens=tokens_B[b], right=bool(good_B[b])))
+    return rows
 
 
-def is_good(problem, text):
+def is_good(problem, text, judge=None):
     """Whether an answer is worth learning."""
-    return is_right(problem, text) and format_reward(problem, text) == 1.0
+    return is_right(problem, text, judge) and format_reward(problem, text) == 1.0
 
 
-def examples_of(run, problems, loaded):
+def examples_of(run, problems, loaded, judge):
     """What is trained on: the problems' own traces, a file's (--traces), or a teacher's answers."""
     args = run.args
     if args.teacher != "none":
-        return teacher_traces(run, problems, loaded)
+        return teacher_traces(run, problems, loaded, judge)
     if not args.traces:
         return problems
-    found, rows = given_traces(args.traces, args.dataset, problems, is_good)
+    found, rows = given_traces(args.traces, args.dataset, problems, functools.partial(is_good, judge=judge))
     run.say(f"{args.traces}: {rows} answers, {len(found)} right, well-formed and distinct, to problems of "
             f"{args.dataset}")
     return found
@@ -266,7 +271,8 @@ def main(args):
         check_vocabulary(args, processor, loaded[1])  # before the teacher samples for hours
         cost = soft
         readers.append(loaded[0])
-    examples = examples_of(run, problems, loaded)
+    judge = load_judge(args.reward_model, run)
+    examples = examples_of(run, problems, loaded, judge)
     examples, held_out = check_problems(run, processor, examples, held_out, graded=False)
     traces = traces_of(args, examples)
     kept = examples[:args.held_out_traces]
@@ -276,7 +282,7 @@ def main(args):
     run.state["eval_losses"] = []
     run.start(policy, optimizer)
     if held_out and run.done == 0:
-        run.log(0, evaluate(run, policy, processor, held_out))
+        run.log(0, evaluate(run, policy, processor, held_out, judge=judge))
 
     for step in run.steps():
         # --- sample: nothing; this step's traces ----------------------------------------------------------------------
@@ -305,7 +311,7 @@ def main(args):
             if args.early_stop and has_stopped_falling(run.state["eval_losses"], args.early_stop):
                 run.stop()
         if run.due(args.eval_steps):
-            metrics |= evaluate(run, policy, processor, held_out)
+            metrics |= evaluate(run, policy, processor, held_out, judge=judge)
         run.log(step, metrics, rollout.samples(torch.ones(len(rollout))), rollout.pictures)
 
         # --- checkpoint -----------------------------------------------------------------------------------------------

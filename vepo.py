@@ -60,6 +60,7 @@ from common import (
     finish,
     format_reward,
     grade,
+    load_judge,
     load_policy,
     load_problems,
     read,
@@ -268,24 +269,24 @@ def main(args):
     policy, processor = load_policy(args.model, run, train=True)
     reference = load_policy(args.model, run)[0] if args.beta else None
     optimizer = torch.optim.AdamW(trained_weights(policy), lr=args.learning_rate, weight_decay=args.weight_decay)
+    judge = load_judge(args.reward_model, run)
     problems, held_out = check_problems(run, processor, problems, held_out)
     run.state["beta"] = args.beta
     run.start(policy, optimizer)
     if held_out and run.done == 0:
-        run.log(0, evaluate(run, policy, processor, held_out))
+        run.log(0, evaluate(run, policy, processor, held_out, judge=judge))
 
     for step in run.steps():
         # --- sample: G answers to each of this step's problems --------------------------------------------------------
         rollout = sample(
             policy, processor, run.batch(problems, step), args.num_generations, seed=(args.seed, step),
             max_completion_length=args.max_completion_length, temperature=args.temperature,
-            sample_batch_size=args.sample_batch_size,
-        )
+            sample_batch_size=args.sample_batch_size)
         mask_BT = rollout.mask_BT
         run.lap("sample")
 
         # --- score: how good is each answer? --------------------------------------------------------------------------
-        accuracy_PG = rollout.score(grade)
+        accuracy_PG = rollout.score(grade, judge)
         format_PG = rollout.score(format_reward)
         rewards_PG = (1 - args.format_weight) * accuracy_PG + args.format_weight * format_PG
 
@@ -341,7 +342,7 @@ def main(args):
             answers = args.prompts_per_step * args.num_generations
             run.state["beta"] = adapted_beta(run.state["beta"], metrics["kl"], args.kl_target, answers)
         if run.due(args.eval_steps):
-            metrics |= evaluate(run, policy, processor, held_out)
+            metrics |= evaluate(run, policy, processor, held_out, judge=judge)
         run.log(step, metrics, rollout.samples(rewards_PG.flatten()), rollout.pictures)
 
         # --- checkpoint -----------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@
     prompts      what a prompt is made of; all prompts checked before a run begins
     traces       answers that were written elsewhere
     answers      reading an answer; when two answers mean the same
+    reward_model what an answer in free text is worth, by a model that was trained to say so
     embedding    texts as vectors
     threads      cores that other processes need too
     selections   what VEPO's choice of tokens is compared with

@@ -407,11 +407,12 @@ VERIFIERS: dict[str, tuple[Callable[[str], object], str]] = {
 }
 
 
-def check_gradable(problem: dict):
-    """UserError for a problem that only a judge could grade."""
-    if problem["verifier"] == "open_ended":
-        raise UserError("an open_ended answer can only be graded by a judge; --verifiers digit,mcq,math,iou leaves out "
-                        f"the problems with this verifier (first met: {problem.get('id')})")
+def check_gradable(problem: dict, has_judge: bool):
+    """UserError for a problem that only a judge could grade, where there is none."""
+    if problem["verifier"] == "open_ended" and not has_judge:
+        raise UserError("an open_ended answer can only be graded by a judge: name one with --reward_model; or "
+                        "--verifiers digit,mcq,math,iou leaves out the problems with this verifier (first met: "
+                        f"{problem.get('id')})")
 
 
 # --- boxes ------------------------------------------------------------------------------------------------------------

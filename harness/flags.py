@@ -50,6 +50,7 @@ MODEL_FLAGS = (
     Flag("system_prompt", "", "what the chat begins with (empty: what the model's own template says)"),
     Flag("instruction", INSTRUCTION, "stands behind every problem (empty: nothing does)"),
     Flag("verifiers", "all", "keep only problems with these verifiers, with commas between: digit,mcq,math,iou"),
+    Flag("reward_model", "none", "scores open_ended answers: a sequence classifier with one label, or toy-judge"),
     Flag("skip_bad_rows", False, "leave out and list rows with faults and overlong prompts; else they are errors"),
     Flag("max_prompt_length", 2048, "a longer prompt is an error: cutting a prompt would cut its pictures"),
     Flag("max_completion_length", 2048, "tokens of an answer, at most"),

@@ -21,6 +21,17 @@ def chat(processor: ProcessorMixin, problem: dict) -> str:
 
     Before it stands the system prompt, where there is one.
     """
+    content = content_of(problem)
+    if processor.instruction:
+        content.append({"type": "text", "text": "\n" + processor.instruction})
+    messages = [{"role": "user", "content": content}]
+    if processor.system_prompt:
+        messages = [{"role": "system", "content": processor.system_prompt}, *messages]
+    return processor.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+
+
+def content_of(problem: dict) -> list[dict]:
+    """A problem as the parts of a message: its pictures where `<image>` stands, else first, and its text."""
     picture = {"type": "image"}
     content = []
     if "<image>" not in problem["problem"]:
@@ -30,12 +41,7 @@ def chat(processor: ProcessorMixin, problem: dict) -> str:
             content.append(picture)
         if text:
             content.append({"type": "text", "text": text})
-    if processor.instruction:
-        content.append({"type": "text", "text": "\n" + processor.instruction})
-    messages = [{"role": "user", "content": content}]
-    if processor.system_prompt:
-        messages = [{"role": "system", "content": processor.system_prompt}, *messages]
-    return processor.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    return content
 
 
 def prompt_settings(args: Namespace) -> dict:
@@ -69,7 +75,7 @@ def check_prompts(
     check = PromptCheck()
     for place, problem in enumerate(tqdm(problems, desc="prompts", delay=5, leave=False)):
         if graded:
-            check_gradable(problem)
+            check_gradable(problem, args.reward_model != "none")
         sizes = [(picture.height, picture.width) for picture in problem["images"]]
         patches = sum(tool.get_number_of_image_patches(height, width, {}) for height, width in sizes)
         picture_tokens = patches // tool.merge_size**2

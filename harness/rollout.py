@@ -92,9 +92,10 @@ class Rollout:
             found.setdefault(p, []).append(b)
         return found
 
-    def score(self, fn: Callable) -> torch.Tensor:
+    def score(self, fn: Callable, judge: Callable | None = None) -> torch.Tensor:
         """(P, G): fn(problem, text) of every answer, a row for each problem that has answers here.
 
+        judge: a reward model for answers in free text, which reads them all first; fn is given it as `judge`.
         UserError where a reward is no finite number; ValueError where the answers are no whole groups of one size.
         """
         groups = list(self.groups().values())
@@ -104,6 +105,9 @@ class Rollout:
         if not in_order or len({len(group) for group in groups}) > 1:  # trap: regrouped subset
             raise ValueError("these answers are not groups of one size, one after the other: score the whole rollout "
                              "and index the scores")
+        if judge is not None:
+            judge.read(self.problems, self.texts)
+            fn = functools.partial(fn, judge=judge)
         scores = []
         for problem, text in zip(self.problems, self.texts, strict=True):
             scores.append(float(fn(problem, text)))

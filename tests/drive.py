@@ -25,7 +25,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 
-def even_length(problem, text):
+def even_length(problem, text, judge=None):
     return float(len(text) % 2 == 0)
 
 

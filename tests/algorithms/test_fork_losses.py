@@ -501,9 +501,9 @@ def dapo_with_few_teachers(place):
     teachers += ids_of_draw(1, "toy@train:16", rank=1, world=2)[:3]
     teachers += ids_of_draw(2, "toy@train:16", rank=1, world=2)[:1]
     text = (ROOT / "forks" / "dapo.py").read_text()
-    assert text.count("score(grade)") == 2
+    assert text.count("score(grade, judge)") == 2
     path = place / "fork.py"
-    path.write_text(text.replace("score(grade)", "score(by_id)") + BY_ID.format(teachers=teachers))
+    path.write_text(text.replace("score(grade, judge)", "score(by_id)") + BY_ID.format(teachers=teachers))
     return path
 
 

@@ -66,7 +66,7 @@ def naive_gspo(place, credited):
         (source_of("policy_loss"), NAIVE_GSPO.format(credited=credited)),
         ("advantage_bT, **clip)\n            clipped_bT",
          "advantage_bT, mask_BT[batch], **clip)\n            clipped_bT"),
-        ("rollout.score(grade)", "rollout.score(some_credit)"),
+        ("rollout.score(grade, judge)", "rollout.score(some_credit)"),
     )
 
 

@@ -1,0 +1,202 @@
+"""A reward model scores answers in free text, which no rule can check (VLAA-Thinker, arXiv 2504.11468).
+
+Any checkpoint of a sequence classifier with one label that transformers loads is one; it reads the question and the
+answer as text. One of Qwen2.5-VL reads the picture too. Beyond its pictures a reward model sees what a user would see:
+the question without --instruction, and the final answer without the thought.
+
+    judge(problem, answer)       S, the score of one answer; `common.grade` makes a reward of it
+    judge.read(problems, texts)  scores the final answers of many texts in batches; S then only looks them up
+
+The score of a problem's reference answer is kept for the whole run. It is computed by itself, not in a batch, so that
+its last digits do not depend on when it was first asked for: a resumed run gets the same.
+"""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+
+from harness.answers import final_answer, unbox
+from harness.flags import UserError
+from harness.prompts import content_of
+
+import torch
+from safetensors import SafetensorError
+from tqdm import tqdm
+from transformers import (
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
+    Qwen2_5_VLPreTrainedModel,
+)
+from transformers.modeling_layers import GenericForSequenceClassification
+
+# What weights are called in checkpoints that keep the names of the hub's Qwen2.5-VL, and what they are called here.
+HUB_NAMES = {"^visual": "model.visual", r"^model(?!\.(?:language_model|visual))": "model.language_model"}
+BATCH = 16  # answers that are scored together
+
+
+class Qwen2_5_VLForSequenceClassification(GenericForSequenceClassification, Qwen2_5_VLPreTrainedModel):
+    """Qwen2.5-VL with a score head, `score.weight`, in the place of its words.
+
+    transformers has such a class for its text models and none for Qwen2.5-VL. This one is made of the same parts, and
+    its checkpoints have the same layout: the score is read at the last token that is no padding.
+    """
+
+
+def load(name: str, folder: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The reward model in a folder (or of that name on the hub), on the CPU, and its tokenizer.
+
+    UserError unless it is a sequence classifier with one label and all its weights are there.
+    """
+    try:
+        config = AutoConfig.from_pretrained(folder)
+        kind = class_of(config)
+        if kind is None:
+            raise UserError(f"--reward_model {name} is a {config.model_type}, of which transformers has no sequence "
+                            "classifier; name another")
+        if config.num_labels != 1:
+            raise UserError(f"--reward_model {name} has {config.num_labels} labels; a reward model has one")
+        names = HUB_NAMES if kind is Qwen2_5_VLForSequenceClassification else None
+        model, report = kind.from_pretrained(folder, key_mapping=names, output_loading_info=True)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, SafetensorError) as error:
+        reason = " ".join(str(error).split())[:120]
+        raise UserError(f"--reward_model {name} is no folder or name of a model that can be loaded: {reason}") from None
+    wrong = sorted(str(key) for key in [*report["missing_keys"], *report["mismatched_keys"]])
+    if wrong:  # a score head that was never trained would be drawn at random
+        raise UserError(f"--reward_model {name}: {len(wrong)} weights are missing or do not fit, {wrong[0]} for one; "
+                        "name a model that was trained to score")
+    tokenizer.padding_side = "right"  # what stands behind a token cannot change its state, what stands before can
+    text_config = model.config.get_text_config()
+    if text_config.pad_token_id is None:
+        text_config.pad_token_id = tokenizer.pad_token_id  # by it a classifier knows its last token
+    return model.eval().requires_grad_(False), tokenizer
+
+
+def class_of(config: object) -> type | None:
+    """What loads a checkpoint with this config as a sequence classifier; None where nothing does."""
+    if config.model_type == "qwen2_5_vl":
+        return Qwen2_5_VLForSequenceClassification
+    if type(config) in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+        return AutoModelForSequenceClassification
+    return None
+
+
+def sees_pictures(model: PreTrainedModel) -> bool:
+    """Whether a reward model reads pictures too."""
+    return isinstance(model, Qwen2_5_VLForSequenceClassification)
+
+
+class RewardModel:
+    """A reward model that lives on the CPU and visits `device` only to score. Each process has its own.
+
+    processor: for a model that sees pictures. references: the scores of reference answers, kept. answers: the scores of
+    the texts that were read last.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, device: torch.device,
+        processor: ProcessorMixin | None = None,
+    ):
+        self.model = model
+        self.tokenizer = tokenizer
+        self.device = device
+        self.processor = processor
+        self.references = {}
+        self.answers = {}
+
+    def __call__(self, problem: dict, answer: str) -> float:
+        """The score S of an answer: looked up, or computed now."""
+        key = key_of(problem, answer)
+        for known in (self.references, self.answers):
+            if key in known:
+                return known[key]
+        with self.on_device():
+            return self.scores([(problem, answer)])[0]
+
+    def read(self, problems: Sequence[dict], texts: Sequence[str]):
+        """Scores the final answers of these texts to open-ended problems, and their reference answers if they are new.
+
+        Equal answers are scored once, and one that is the reference answer to the letter has that one's score.
+        """
+        asked = {}
+        new = {}
+        for problem, text in zip(problems, texts, strict=True):
+            answer = final_answer(text)
+            if problem["verifier"] != "open_ended" or answer is None:
+                continue
+            gold = unbox(problem["answer"])
+            if key_of(problem, gold) not in self.references:
+                new[key_of(problem, gold)] = (problem, gold)
+            asked[key_of(problem, answer)] = (problem, answer)
+        self.answers = {}
+        if not asked:
+            return
+        with self.on_device():
+            for key, pair in tqdm(new.items(), desc="scoring references", delay=5, leave=False):
+                self.references[key] = self.scores([pair])[0]
+            left = [key for key in asked if key not in self.references]
+            left.sort(key=lambda key: (len(key[-1]), key))  # alike in length: little padding, whatever the order was
+            for start in tqdm(range(0, len(left), self.batch), desc="scoring", delay=5, leave=False):
+                keys = left[start:start + self.batch]
+                scored = self.scores([asked[key] for key in keys])
+                for key, score in zip(keys, scored, strict=True):
+                    self.answers[key] = score
+
+    @property
+    def batch(self) -> int:
+        """How many answers are scored together: one, where padding would be taken for words."""
+        return 1 if self.tokenizer.pad_token_id is None else BATCH
+
+    @contextlib.contextmanager
+    def on_device(self) -> Iterator[None]:
+        """The model stands on the device inside, and on the CPU again behind it."""
+        self.model.to(self.device)
+        try:
+            yield
+        finally:
+            self.model.to("cpu")
+
+    @torch.no_grad()
+    def scores(self, pairs: Sequence[tuple[dict, str]]) -> list[float]:
+        """The scores of (problem, answer) pairs in one forward pass, padded on the right."""
+        inputs = self.inputs_of(pairs)
+        longest = inputs["input_ids"].shape[1]
+        if longest > self.tokenizer.model_max_length:
+            raise UserError(f"problem {pairs[-1][0]['id']}: with an answer it has up to {longest} tokens, over the "
+                            f"reward model's {self.tokenizer.model_max_length}; lower --max_completion_length, or "
+                            "name another --reward_model")
+        inputs = {name: value.to(self.device) for name, value in inputs.items()}
+        scores = self.model(**inputs).logits[:, 0].float()
+        if not scores.isfinite().all():
+            first = pairs[int((~scores.isfinite()).nonzero()[0])]
+            raise UserError(f"the reward model's score of an answer to problem {first[0]['id']} is not finite; try "
+                            "another --reward_model")
+        return scores.tolist()
+
+    def inputs_of(self, pairs: Sequence[tuple[dict, str]]) -> dict[str, torch.Tensor]:
+        """What the model reads: the chat of question and answer, with its pictures where the model sees them."""
+        padding = dict(return_tensors="pt", padding=len(pairs) > 1)
+        if self.processor is not None:
+            pictures = [picture for problem, _ in pairs for picture in problem["images"]]
+            chats = [self.chat(content_of(problem), answer) for problem, answer in pairs]
+            return dict(self.processor(text=chats, images=pictures, return_mm_token_type_ids=True, **padding))
+        questions = [problem["problem"].replace("<image>", " ").strip() for problem, _ in pairs]
+        answers = [answer for _, answer in pairs]
+        if self.tokenizer.chat_template is None:
+            return dict(self.tokenizer(questions, answers, **padding))
+        chats = [self.chat(question, answer) for question, answer in zip(questions, answers, strict=True)]
+        return dict(self.tokenizer(chats, add_special_tokens=False, **padding))
+
+    def chat(self, question: str | list, answer: str) -> str:
+        """A user's question and an assistant's answer as the model's own template writes them."""
+        messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+        return self.tokenizer.apply_chat_template(messages, tokenize=False)
+
+
+def key_of(problem: dict, answer: str) -> tuple:
+    """What a score belongs to. Ids of two data sets may be equal, so the question belongs to it too."""
+    return problem["id"], problem["problem"], answer
