@@ -282,7 +282,8 @@ def load_judge(name: str, run: Run | None = None) -> RewardModel | None:
     model, tokenizer = reward_models.load(name, folder)
     processor = None
     if reward_models.sees_pictures(model):
-        processor = make_processor(AutoImageProcessor.from_pretrained(folder), tokenizer, run.args if run else None)
+        processor = make_processor(folder, run.args if run else None)
+        processor.tokenizer = tokenizer  # it pads on the right
     return RewardModel(model, tokenizer, run.device if run else torch.device("cpu"), processor)
 
 

@@ -22,8 +22,8 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from common import INSTRUCTION, Policy, Processor, forced, load_policy, read, save_policy, token_logps
-from harness.flags import of_the_world
+from common import Policy, Processor, forced, load_policy, read, save_policy, token_logps
+from harness.flags import INSTRUCTION, of_the_world
 from tabletop import models
 from tabletop.grids import EMPTY, Spec, cells, name_of, question
 from tabletop.habits import other_hand
