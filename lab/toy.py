@@ -15,7 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that `python lab/toy.py` finds common
 
-from common import is_right, load_policy, sample
+from common import is_right, load_judge, load_policy, sample
 from eval_passk import pass_at_k
 from harness.answers import final_answer
 from harness.flags import Parser
@@ -51,7 +51,8 @@ def measure(
     policy, processor = load_policy(build(model))
     asked = problems(split, count, WORLDS[world])[:]
     rollout = sample(policy, processor, asked, samples, seed=(seed, "table"), max_completion_length=128)
-    right_P = rollout.score(is_right).sum(1).numpy()
+    judge = load_judge("toy-judge") if WORLDS[world].describes else None
+    right_P = rollout.score(is_right, judge).sum(1).numpy()
     return {
         "weights": sum(weight.numel() for weight in policy.parameters()),
         "pass@1": pass_at_k(samples, right_P, 1).mean(),
@@ -76,7 +77,7 @@ def distinct_answers(texts, samples):
 def right_by_verifier(asked, right_P, samples):
     """pass@1 for each kind of question. right_P: the number of right answers to each problem."""
     row = {}
-    for verifier in VERIFIERS:
+    for verifier in (*VERIFIERS, "open_ended"):
         right = right_P[[problem["verifier"] == verifier for problem in asked]]
         if len(right):
             row[verifier] = pass_at_k(samples, right, 1).mean()
@@ -129,6 +130,8 @@ def dials(path: str | Path) -> None:
         problem = problem_of("train", 8, world)
         if world.skills == 2:
             problem = problem_of("skill", 3, world)
+        if world.describes:
+            problem = problem_of("train", 4, world)
         show_picture(left, problem["images"][0])
         if world.ways != "all":
             show_lines(left, problem["spec"].grid)

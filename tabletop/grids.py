@@ -6,9 +6,12 @@
     math       what fraction is red          \\frac{1}{3}
     iou        a box around all the stars    [28, 0, 84, 56]      in pixels: left, top, right, bottom
 
-and, where a world has a second skill, mcq also asks which colour is at b2.
+and, where a world has a second skill, mcq also asks which colour is at b2. One world asks for descriptions too:
+
+    open_ended   describe the colours     mostly red     a plain answer: another would say more of the picture
 """
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from fractions import Fraction
@@ -88,6 +91,13 @@ SKILL_WORDINGS = (
     "Find the {kind} at {place}.",
 )
 
+# The fifth kind of question, in the world that has it: a description in free text.
+DESCRIPTION_WORDINGS = (
+    "Describe the {kind}s.",
+    "What {kind} stands out?",
+    "Say something of the {kind}s.",
+)
+
 # --- a problem --------------------------------------------------------------------------------------------------------
 
 Cell = tuple[str, str] | None  # (colour, shape), or None where nothing is drawn
@@ -98,8 +108,9 @@ Grid = tuple[tuple[Cell, ...], ...]  # rows of cells
 class Spec:
     """A problem before it is drawn.
 
-    grid: rows of cells. verifier: one of VERIFIERS. target: what to find, (colour or None, shape or None), where None
-    stands for any; for mcq (kind,), a key of OPTIONS. wording: the question, still with {things} or {kind} in it.
+    grid: rows of cells. verifier: one of VERIFIERS, or open_ended. target: what to find, (colour or None, shape or
+    None), where None stands for any; for mcq and open_ended (kind,), a key of OPTIONS. wording: the question, still
+    with {things} or {kind} in it.
     drawing: the seed of sizes and offsets. place: for the second skill, the cell that is asked about, such as "b3".
     """
 
@@ -145,6 +156,18 @@ def part_at_place(spec: Spec) -> tuple[int, str]:
     return OPTIONS[kind].index(part), part
 
 
+def ranked(spec: Spec) -> list[tuple[int, str]]:
+    """For descriptions: (how many cells show it, colour or shape), the most common first."""
+    part = list(OPTIONS).index(spec.target[0])
+    shown = Counter(cell[part] for _, cell in cells(spec) if cell is not None)
+    return sorted(((shown[option], option) for option in OPTIONS[spec.target[0]]), reverse=True)
+
+
+def description(option: str) -> str:
+    """A description that names one colour or one shape."""
+    return f"mostly {option}"
+
+
 def most_common(spec: Spec) -> tuple[int, tuple]:
     """For mcq: the index of the option that most cells show, and that option as a target."""
     kind = spec.target[0]
@@ -163,7 +186,9 @@ def fraction(spec: Spec) -> Fraction:
 
 
 def answer(spec: Spec) -> str:
-    """The gold answer as text."""
+    """The gold answer as text. That of a description names the second most common thing, so that one can be better."""
+    if spec.verifier == "open_ended":
+        return description(ranked(spec)[1][1])
     if spec.place:
         number, _ = part_at_place(spec)
         return LETTERS[number]
@@ -186,12 +211,21 @@ def _box(found):
     return [CELL * edge for edge in edges]
 
 
+def best_answer(spec: Spec) -> str:
+    """The answer of a worked trace: the gold answer, or for a description one that is better."""
+    if spec.verifier == "open_ended":
+        return description(ranked(spec)[0][1])
+    return answer(spec)
+
+
 def question(spec: Spec) -> str:
     """The problem text, without the instruction that all problems share."""
     if spec.verifier == "mcq":
         kind = spec.target[0]
         options = ", ".join(f"{option} {letter}" for letter, option in zip(LETTERS, OPTIONS[kind], strict=True))
         return f"{spec.wording.format(kind=kind, place=spec.place)} {options}"
+    if spec.verifier == "open_ended":
+        return spec.wording.format(kind=spec.target[0])
     return spec.wording.format(things=_things(spec))
 
 

@@ -18,7 +18,7 @@ import os
 import random
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from common import Policy, Processor, forced, load_policy, read, save_policy, token_logps
@@ -122,9 +122,13 @@ RECIPES = {
     "toy-think-fillers": derived("toy-think-fillers"),
     "toy-ways-same": derived("toy-ways-same"),
     "toy-ways-parts": derived("toy-ways-parts"),
-    "toy-two-skills": derived("toy-two-skills", splits=("practice", "places", "places"), steps=170),
+    "toy-two-skills": derived("toy-two-skills", splits=("practice", "places", "places"), steps=180),
+    "toy-mixed": derived("toy-mixed", splits=("practice", "describe")),
+    "toy-teacher-mixed": derived(
+        "toy-mixed", size=TEACHER, start="toy-teacher", fades=(0.0, 0.6), splits=("practice", "describe"), muon=3e-3,
+        adam=1e-3),
     "toy-teacher-hand": derived(
-        "toy-hand", size=TEACHER, start="toy-teacher", fades=(0.0, 0.6), steps=200),
+        "toy-hand", size=TEACHER, start="toy-teacher", fades=(0.0, 0.6), steps=320),
 }
 NAMES = tuple(RECIPES)
 SHIPPED = ("toy", "toy-teacher")
@@ -152,14 +156,19 @@ def build(name: str, steps: int | None = None) -> str:
     recipe = RECIPES[name]
     if steps is not None:
         recipe = dataclasses.replace(recipe, steps=steps)
+    return kept(f"{name}-{key_of(recipe)}", lambda folder: train(name, recipe, folder)[0])
+
+
+def kept(name: str, make: Callable[[Path], Path]) -> str:
+    """The folder `name` of the cache. If it is not there, make(temporary folder) gives the finished one first."""
     cache = _cache()
-    place = cache / f"{name}-{key_of(recipe)}"
+    place = cache / name
     if place.exists():
         return str(place)
     cache.mkdir(parents=True, exist_ok=True)
-    with _one_thread(), tempfile.TemporaryDirectory(dir=cache, prefix=f".{place.name}-") as beside:
+    with _one_thread(), tempfile.TemporaryDirectory(dir=cache, prefix=f".{name}-") as beside:
         try:
-            train(name, recipe, Path(beside))[0].rename(place)
+            make(Path(beside)).rename(place)
         except OSError:  # another process was faster; its folder is the same
             if not place.exists():
                 raise
@@ -387,15 +396,15 @@ def _start_of(recipe, folder):
 
 def _steps(policy: Policy, processor: Processor, recipe: Recipe) -> Iterator[float]:
     """Does the steps of a recipe, one each time that it is asked. Gives their losses."""
-    muon, adam = _optimizers(policy)
+    muon, adam = optimizers(policy)
     count = recipe.problems_per_step
     before = 0  # a derived model goes on with problems that its start was not shown
     if recipe.start is not None:
         before = RECIPES[recipe.start].steps * RECIPES[recipe.start].problems_per_step
     for step in range(recipe.steps):
-        share = _schedule(step, recipe)
-        _set_learning_rate(muon, share * recipe.muon)
-        _set_learning_rate(adam, share * recipe.adam)
+        share = schedule(step, recipe)
+        set_learning_rate(muon, share * recipe.muon)
+        set_learning_rate(adam, share * recipe.adam)
         start = before + step * count
         loss = lesson_loss(policy, processor, recipe, range(start, start + count))
         loss.backward()
@@ -406,7 +415,7 @@ def _steps(policy: Policy, processor: Processor, recipe: Recipe) -> Iterator[flo
         yield loss.item()
 
 
-def _optimizers(policy):
+def optimizers(policy):
     """Muon for the matrices, which it learns about twice as fast as Adam would; Adam for the rest.
 
     The rest is the embeddings, the norms, the biases and the filter that reads the patches.
@@ -423,7 +432,7 @@ def _optimizers(policy):
     return muon, adam
 
 
-def _schedule(step, recipe):
+def schedule(step, recipe):
     """The learning rate as a share of its peak: a linear warm-up, a plateau, a linear decay to about a tenth."""
     steps = recipe.steps
     rising = (step + 1) / recipe.warmup
@@ -431,7 +440,7 @@ def _schedule(step, recipe):
     return min(1, rising, falling)
 
 
-def _set_learning_rate(optimizer, learning_rate):
+def set_learning_rate(optimizer, learning_rate):
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
 

@@ -10,8 +10,10 @@
 
     pretrain   what toy-short and its teacher are made from; it goes back to the first tabletop
     places     practice for the second skill, unlimited
+    describe   practice for descriptions, unlimited
 
-Every world has these problems, index by index; it decides how the pictures look and in what words the traces are.
+Every world has these problems, index by index; it decides how the pictures look and in what words the traces are. A
+mixed world has a description behind every four of them.
 """
 
 import hashlib
@@ -22,6 +24,7 @@ from dataclasses import replace
 
 from harness.flags import UserError
 from tabletop.grids import (
+    DESCRIPTION_WORDINGS,
     OOD_WORDINGS,
     OPTIONS,
     PAIRS,
@@ -36,6 +39,7 @@ from tabletop.grids import (
     cells,
     matches,
     question,
+    ranked,
 )
 from tabletop.habits import other_hand
 from tabletop.pictures import draw
@@ -50,6 +54,7 @@ from tabletop.worlds import WORLDS, World, world_of
 SHARES = {
     "practice": range(40),
     "places": range(40),
+    "describe": range(40),
     "skill": range(40, 45),
     "fresh": range(45, 50),
     "train": range(50, 80),
@@ -64,6 +69,7 @@ A_FEW_LONG = ((3, 3),) * 6 + ((2, 4), (4, 2))
 GRIDS = {
     "practice": A_FEW_LONG,
     "places": A_FEW_LONG,
+    "describe": A_FEW_LONG,
     "pretrain": A_FEW_LONG,
     "ood": ((4, 4),),
 }  # all others: 3x3
@@ -71,6 +77,7 @@ GRIDS = {
 SIZES = {
     "practice": None,
     "places": None,
+    "describe": None,
     "pretrain": None,
     "train": 4096,
     "test": 256,
@@ -80,6 +87,8 @@ SIZES = {
     "skill": 256,
 }
 SKILLS = ("places", "skill")  # the splits that ask for the second skill
+MIXED_SPLITS = ("train", "test", "study", "fresh")  # the splits of a mixed world
+STANDS_OUT = 2  # how many more cells show what a description should name than show anything else, at least
 MATCHES = {"digit": (0, 5), "math": (1, 4), "iou": (1, 2)}  # the fewest and the most cells that match the target
 
 
@@ -110,6 +119,8 @@ def problems(split: str, count: int | None = None, world: World = WORLDS["toy"])
     """The problems of a split: dicts with id, images, problem, answer, verifier, trace, style, spec, first_wrong."""
     if count is None:
         count = SIZES[split]
+        if world.describes:
+            count += count // len(VERIFIERS)
     return Problems(split, count, world)
 
 
@@ -122,6 +133,8 @@ def load(name: str, split: str | None, count: int | None = None) -> Problems:
     names = [name for name, size in SIZES.items() if size is not None]
     if world.skills == 1:
         names = [name for name in names if name not in SKILLS]
+    if world.describes:
+        names = list(MIXED_SPLITS)
     if split not in names:
         raise UserError(f"data set {name} has no split {split}, it has {', '.join(names)}; "
                         f"write for example {name}@train")
@@ -133,14 +146,14 @@ def load(name: str, split: str | None, count: int | None = None) -> Problems:
 
 def problem_of(split: str, index: int, world: World = WORLDS["toy"]) -> dict:
     """The problem `index` of a split, drawn. Its trace is in one of the styles, which `style` names."""
-    spec = spec_of(split, index)
+    name, spec = named(split, index, world)
     worked = traces(spec)
     if world.hand == "other":
         rng = random.Random(f"{split} {index} hand")
         worked = {name: other_hand(spec, name, rng) for name in worked}
-    chosen = random.Random(f"{split} {index} style").choice(sorted(worked))
+    chosen = random.Random(f"{name} style").choice(sorted(worked))
     return {
-        "id": f"toy-{split}-{index}",
+        "id": f"toy-{name.replace(' ', '-')}",
         "images": [draw(spec, fade_of(split, world))],
         "problem": question(spec),
         "answer": answer(spec),
@@ -152,6 +165,18 @@ def problem_of(split: str, index: int, world: World = WORLDS["toy"]) -> dict:
     }
 
 
+def named(split: str, index: int, world: World) -> tuple[str, Spec]:
+    """(name, Spec) of the problem `index` of a split, as this world counts: of five in a mixed world, the last is a
+    description, and the other four are those of every world."""
+    if not world.describes:
+        return f"{split} {index}", spec_of(split, index)
+    turn, place = divmod(index, len(VERIFIERS) + 1)
+    if place == len(VERIFIERS):
+        return f"{split} describe {turn}", description_of(split, turn)
+    index = len(VERIFIERS) * turn + place
+    return f"{split} {index}", spec_of(split, index)
+
+
 def fade_of(split: str, world: World) -> float:
     """How faded the pictures of a split are. The second skill is asked for on clear ones: there is only to lose."""
     return 0.0 if split in SKILLS else world.fade
@@ -161,6 +186,8 @@ def spec_of(split: str, index: int) -> Spec:
     """The problem `index` of a split, before it is drawn. In ood, unseen pairs and unseen wordings take turns."""
     if split in SKILLS:
         return _skill_spec_of(split, index)
+    if split == "describe":
+        return description_of(split, index)
     rng = random.Random(f"{split} {index}")
     verifier = VERIFIERS[index % 4]
     turn = index // 4 % 2
@@ -197,6 +224,19 @@ def _skill_spec_of(split, index):
     spec = Spec(grid=grid, verifier="mcq", target=target, wording=wording, drawing=rng.randrange(2**32))
     place = rng.choice([place for place, cell in cells(spec) if cell is not None])
     return replace(spec, place=place)
+
+
+def description_of(split: str, index: int) -> Spec:
+    """The description `index` of a split: any picture of the split's own share in which something stands out."""
+    rng = random.Random(f"{split} {index} describe")
+    target = (rng.choice(list(OPTIONS)),)
+    while True:
+        size = rng.choice(GRIDS.get(split, ((3, 3),)))
+        grid = _fill(rng, size, verifier="mcq", target=target, pairs=SEEN_PAIRS)
+        spec = Spec(grid=grid, verifier="open_ended", target=target, wording="", drawing=rng.randrange(2**32))
+        (most, _), (second, _), *_ = ranked(spec)
+        if share_of(grid) in SHARES[split] and most - second >= STANDS_OUT and second > 0:
+            return replace(spec, wording=rng.choice(DESCRIPTION_WORDINGS))
 
 
 def _target(rng, verifier, pair):

@@ -4,7 +4,8 @@
     columns   the same, column by column
     marks     go row by row and name only the matches
 
-The second skill, naming what stands at a place, has one style: look. `first_wrong` compares an answer with the traces.
+The second skill, naming what stands at a place, has one style: look. A description is thought out like an mcq, and ends
+in words of its own. `first_wrong` compares an answer with the traces.
 """
 
 import re
@@ -21,6 +22,7 @@ from tabletop.grids import (
     STYLES,
     Spec,
     answer,
+    best_answer,
     cells,
     fraction,
     matches,
@@ -28,6 +30,7 @@ from tabletop.grids import (
     name_of,
     part_at_place,
     places,
+    ranked,
 )
 
 VISUAL_WORDS = frozenset([*COLOURS, *SHAPES, EMPTY, OTHER, *COLUMNS, *"0123456789"])
@@ -62,7 +65,7 @@ def trace(
     """
     if concluded is None:
         concluded = spec
-    return f"<think>{_thought(spec, style_name, concluded, filler)}</think>\\boxed{{{answer(concluded)}}}"
+    return f"<think>{_thought(spec, style_name, concluded, filler)}</think>\\boxed{{{best_answer(concluded)}}}"
 
 
 def _thought(spec, style_name, concluded, filler):
@@ -89,7 +92,7 @@ def _up_to_the_place(spec):
 
 def sought(spec: Spec, style_name: str) -> tuple[str, tuple]:
     """What this style looks for: in words, and as a target in which True is any colour or shape, to be named."""
-    if spec.verifier != "mcq":
+    if spec.verifier not in ("mcq", "open_ended"):
         return name_of(spec.target), spec.target
     if style_name == "marks":  # to mark the winner one must have seen it first
         _, winner = most_common(spec)
@@ -157,6 +160,8 @@ def _no_match(style_name, cell, target):
 
 def conclusion(spec: Spec) -> str:
     """What follows from the reading, before the answer is boxed."""
+    if spec.verifier == "open_ended":
+        return f", so {ranked(spec)[0][1]}"
     if spec.verifier == "mcq":
         _, winner = most_common(spec)
         return f", so {name_of(winner)} {answer(spec)}"

@@ -4,6 +4,7 @@
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from harness.flags import UserError
 
@@ -11,6 +12,8 @@ from harness.flags import UserError
 @dataclass(frozen=True)
 class World:
     """One world: where each dial stands. The problems are the same in all of them, and so are their ids.
+
+    (A MixedWorld has descriptions between them.)
 
     base       the model that starts here
     teacher    the model that knows this world well, for opd.py and sft.py
@@ -33,6 +36,13 @@ class World:
     ways: str = "all"
     skills: int = 1
     hand: str = "own"
+    describes: ClassVar[bool] = False  # no field: the names of finished models are hashes of the fields
+
+
+class MixedWorld(World):
+    """A world in which every fifth problem asks for a description, in free text: all five verifiers, equal shares."""
+
+    describes: ClassVar[bool] = True
 
 
 WORLDS = {
@@ -46,6 +56,7 @@ WORLDS = {
     "toy-ways-same": World("toy-ways-same", ways="same"),
     "toy-ways-parts": World("toy-ways-parts", ways="parts"),
     "toy-two-skills": World("toy-two-skills", fade=0.72, skills=2),
+    "toy-mixed": MixedWorld("toy-mixed", teacher="toy-teacher-mixed", fade=0.72),
     "toy-hand": World("toy", teacher="toy-teacher-hand", fade=0.72, hand="other"),
 }
 

@@ -7,7 +7,7 @@ from collections import Counter
 
 import common
 from tabletop import models
-from tabletop.grids import COLOURS, PAPER, SHAPES, STYLES, UNSEEN_PAIRS, VERIFIERS, Spec, answer, cells
+from tabletop.grids import COLOURS, PAPER, SHAPES, STYLES, UNSEEN_PAIRS, VERIFIERS, Spec, answer, cells, most_common
 from tabletop.habits import HESITATIONS, MISJUDGED, MISREAD, lesson, lessons, misjudged, misread, other_hand, overlooked
 from tabletop.pictures import SHAPE_SIZES, _tile, draw
 from tabletop.problems import GRIDS, SHARES, SIZES, load, problem_of, problems, share_of, spec_of
@@ -527,7 +527,7 @@ def test_the_first_tabletops_splits_are_as_they_were():
 
 
 def test_every_world_has_the_same_problems():
-    for name in WORLDS:
+    for name in set(WORLDS) - {"toy-mixed"}:
         for split in ("train", "test", "study", "fresh", "ood"):
             ours = load(name, split, 3)
             assert [problem["spec"] for problem in ours] == specs(split, 3)
@@ -536,7 +536,48 @@ def test_every_world_has_the_same_problems():
             assert ours[0]["images"][0].tobytes() == draw(ours[0]["spec"], fade).tobytes()
 
 
+def test_a_mixed_world_has_them_too_with_a_description_behind_every_four():
+    """Equal shares of five verifiers; with the same ids, questions and pictures as elsewhere."""
+    for split, size in (("train", 5120), ("test", 320), ("study", 320), ("fresh", 640)):
+        mixed = load("toy-mixed", split)
+        assert len(mixed) == size
+        assert Counter(problem["verifier"] for problem in mixed[:40]) == dict.fromkeys((*VERIFIERS, "open_ended"), 8)
+        others = [problem for problem in mixed[:40] if problem["verifier"] != "open_ended"]
+        for ours, theirs in zip(others, load("toy", split, 32), strict=True):
+            assert ours["images"][0].tobytes() == theirs["images"][0].tobytes()
+            assert {**ours, "images": 0} == {**theirs, "images": 0}
+        assert len({problem["id"] for problem in mixed[:40]}) == 40
+        descriptions = [problem["spec"] for problem in mixed[:40] if problem["verifier"] == "open_ended"]
+        assert all(share_of(spec.grid) in SHARES[split] for spec in descriptions)
+    assert not {spec_of("describe", index).grid for index in range(800)} & {
+        problem["spec"].grid for problem in load("toy-mixed", "fresh", 100)}
+
+
+def names_most(problem, answer):
+    """A judge that knows the picture."""
+    return float(answer.count(most_common(problem["spec"])[1][0] or most_common(problem["spec"])[1][1]))
+
+
+def test_something_stands_out_and_the_gold_description_names_another_thing():
+    """The trace names what most cells show, by two cells or more. The gold answer is true too, but plain."""
+    for problem in load("toy-mixed", "train", 300)[4::5]:
+        spec = problem["spec"]
+        kind = spec.target[0]
+        assert kind in problem["problem"]
+        column = {"colour": 2, "shape": 3}[kind]
+        (best, most), (_, second), *_ = Counter(cell[column] for cell in shown_in(spec)).most_common()
+        assert most >= second + 2
+        gold = problem["answer"].removeprefix("mostly ")
+        assert sum(cell[column] == gold for cell in shown_in(spec)) == second
+        for name, text in traces(spec).items():
+            assert text.endswith(f", so {best}</think>\\boxed{{mostly {best}}}")
+            assert style(text) == name
+            assert common.format_reward(problem, text) == 1.0
+            assert common.grade(problem, text, names_most) > 0.6
+
+
 @pytest.mark.parametrize("name, split, message", [
+    ("toy-mixed", "ood", "toy-mixed has no split ood, it has train, test, study, fresh; write for example"),
     ("toy", "skill", "toy has no split skill, it has train, test, study, fresh, ood; write for example toy@train"),
     ("toy-two-skills", "nowhere", "it has train, test, study, fresh, ood, skill;"),
     ("toy-data", "train", "no toy world called 'toy-data'; choose one of toy, .*write ./toy-data"),
