@@ -163,7 +163,7 @@ def scores(policy: Policy, processor: Processor, head: torch.nn.Linear, pictures
     rollout = readable(policy, processor, pictures)
     inputs, where_N = pack(rollout, Reading(policy))
     last_B = rollout.mask_BT.sum(1).long().cumsum(0) - 1
-    hidden_BD = policy.body(*inputs)[0, where_N[last_B]]
+    hidden_BD = policy.body(**inputs)[0, where_N[last_B]]
     return head(hidden_BD)[:, 0].view(len(pictures), -1)
 
 

@@ -18,7 +18,6 @@ import hashlib
 import json
 import random
 import re
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -99,19 +98,8 @@ def lessons(index: int) -> list[tuple[dict, list[str]]]:
 
 
 def build() -> str:
-    """The folder of toy-writer. It is trained first if the cache does not hold it, and appears there whole or not."""
-    cache = models._cache()
-    place = cache / f"{NAME}-{key()}"
-    if place.exists():
-        return str(place)
-    cache.mkdir(parents=True, exist_ok=True)
-    with models._one_thread(), tempfile.TemporaryDirectory(dir=cache, prefix=f".{place.name}-") as beside:
-        try:
-            train(Path(beside)).rename(place)
-        except OSError:  # another process was faster; its folder is the same
-            if not place.exists():
-                raise
-    return str(place)
+    """The folder of toy-writer: from the cache, or trained now."""
+    return models.kept(f"{NAME}-{key()}", train)
 
 
 def key() -> str:
@@ -137,13 +125,13 @@ def train(folder: Path) -> Path:
 
 def steps(policy: Policy, processor: Processor) -> Iterator[float]:
     """Does a step each time that it is asked. Gives their losses."""
-    muon, adam = models._optimizers(policy)
+    muon, adam = models.optimizers(policy)
     start = models.RECIPES[RECIPE.start]
     before = start.steps * start.problems_per_step
     for step in range(RECIPE.steps):
-        share = models._schedule(step, RECIPE)
-        models._set_learning_rate(muon, share * RECIPE.muon)
-        models._set_learning_rate(adam, share * RECIPE.adam)
+        share = models.schedule(step, RECIPE)
+        models.set_learning_rate(muon, share * RECIPE.muon)
+        models.set_learning_rate(adam, share * RECIPE.adam)
         first = before + step * RECIPE.problems_per_step
         loss = loss_of(policy, processor, range(first, first + RECIPE.problems_per_step))
         loss.backward()
