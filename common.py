@@ -278,13 +278,7 @@ def load_judge(name: str, run: Run | None = None) -> RewardModel | None:
     """
     if name == "none":
         return None
-    folder = find_model(name, run)
-    model, tokenizer = reward_models.load(name, folder)
-    processor = None
-    if reward_models.sees_pictures(model):
-        processor = make_processor(folder, run.args if run else None)
-        processor.tokenizer = tokenizer  # it pads on the right
-    return RewardModel(model, tokenizer, run.device if run else torch.device("cpu"), processor)
+    return reward_models.judge(name, find_model(name, run), run)
 
 
 # === encode ===========================================================================================================

@@ -16,7 +16,9 @@ from collections.abc import Iterator, Sequence
 
 from harness.answers import final_answer, unbox
 from harness.flags import UserError
+from harness.processor import make_processor
 from harness.prompts import content_of
+from harness.run import Run
 
 import torch
 from safetensors import SafetensorError
@@ -74,6 +76,16 @@ def load(name: str, folder: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBa
     if text_config.pad_token_id is None:
         text_config.pad_token_id = tokenizer.pad_token_id  # by it a classifier knows its last token
     return model.eval().requires_grad_(False), tokenizer
+
+
+def judge(name: str, folder: str, run: Run | None) -> "RewardModel":
+    """The reward model in a folder (or of that name on the hub), ready to score on the run's device."""
+    model, tokenizer = load(name, folder)
+    processor = None
+    if sees_pictures(model):
+        processor = make_processor(folder, run.args if run else None)
+        processor.tokenizer = tokenizer  # it pads on the right
+    return RewardModel(model, tokenizer, run.device if run else torch.device("cpu"), processor)
 
 
 def class_of(config: object) -> type | None:
