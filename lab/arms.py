@@ -7,7 +7,9 @@ The held-out problems are the split `fresh` of each world, which nothing else lo
 updates are the scripts' own of the tabletop, written out here so that no later edit there changes a study.
 """
 
+from harness.answers import VERIFIERS
 from lab.runs import Spec
+from tabletop import judge
 from tabletop.worlds import WORLDS
 
 # --- sizes ------------------------------------------------------------------------------------------------------------
@@ -202,9 +204,25 @@ def arms_of_hand(world):
     return found
 
 
+# Mixed reward: GRPO on all five verifiers, and with the problems of each one left out.
+MIXED = "toy-mixed"
+LEFT_OUT = {f"without-{verifier}": verifier for verifier in VERIFIERS}
+
+
+def arms_of_mixed():
+    """{arm: Spec}. Every arm draws equally many answers: the other types fill the place of what an arm leaves out."""
+    home = RL | dict(model=MIXED, dataset=f"{MIXED}@train", reward_model=judge.NAME)
+    found = {"mixed": Spec("grpo.py", home, seeds=FIVE)}
+    for arm, left_out in LEFT_OUT.items():
+        others = ",".join(verifier for verifier in VERIFIERS if verifier != left_out)
+        found[arm] = Spec("grpo.py", home | dict(verifiers=others), seeds=FIVE)
+    return found
+
+
 def sft_or_rl():
-    """The study of imitation before reinforcement."""
-    found = {}
+    """The study of imitation before reinforcement, and of a reward from several verifiers."""
+    found = with_measurements(
+        MIXED, arms_of_mixed(), problems=640, samples=8, ks="1,2,4,8", reward_model=judge.NAME)
     for world in HANDS:
         found |= with_measurements(
             world, arms_of_hand(world), problems=128, samples=16, ks="1,2,4,8,16", outside=OUTSIDE[world],
@@ -215,12 +233,15 @@ def sft_or_rl():
 # --- measurements -----------------------------------------------------------------------------------------------------
 
 
-def with_measurements(world, arms, *, problems, samples, ks, outside="", base=""):
-    """{name: Spec} of these arms, and of a measurement of the base and of each of them, on problems held out."""
+def with_measurements(world, arms, *, problems, samples, ks, outside="", base="", **more):
+    """{name: Spec} of these arms, and of a measurement of the base and of each of them, on problems held out.
+
+    more: further flags of the measurements.
+    """
     data = f"{world}@fresh:{problems}"
     if outside:
         data += f",{outside}:{problems}"
-    flags = dict(dataset=data, num_samples=samples, ks=ks)
+    flags = dict(dataset=data, num_samples=samples, ks=ks, **more)
     found = {f"{world}/{arm}": spec for arm, spec in arms.items()}
     found[f"{world}/eval-base"] = Spec(
         "eval_passk.py", flags | dict(model=base or world), seeds=FIVE, last="eval.json")

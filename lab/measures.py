@@ -144,7 +144,7 @@ def agreement(row, *, answers=15, clusters=3, least=3):
 # --- the table of a study ---------------------------------------------------------------------------------------------
 # All that a study's verdicts are made of, small enough to be committed:
 #   answers    world → arm → in or out (of domain) → seeds, n, and for each seed and problem:
-#              right (of n), entropy, distinct, ...
+#              right (of n), entropy, distinct, ...; and types, the verifier of each problem, where there are several
 #   steps      world → arm → seeds, and for each seed the metrics SERIES along its steps
 #   coverage   world → wrong, and for each selection credited: numbers of first wrong tokens, one for each problem
 
@@ -179,6 +179,9 @@ def counted(bench, name, kept, *, agree):
             rows = answers_of(bench.folder(name, seed), data)
             for key, values in columns(rows, kept, agree=agree).items():
                 found[split].setdefault(key, []).append(values)
+        types = [row["verifier"] for row in rows]
+        if len(set(types)) > 1:
+            found[split]["types"] = types
     return found
 
 
@@ -234,21 +237,31 @@ def seeds_of(table, world, arms, split):
     return [seed for seed in every[0] if all(seed in seeds for seeds in every)]
 
 
-def measure(table, world, arm, split, *, key, seeds):
-    """(S, P): a measure of an arm, for these seeds. key: pass@k, or a column of the table."""
+def measure(table, world, arm, split, *, key, seeds, kind=""):
+    """(S, P): a measure of an arm, for these seeds. key: pass@k, or a column of the table.
+
+    kind: of the problems with this verifier alone; with "all but" before it, of all others.
+    """
     part = table["answers"][world][arm][split]
     rows = [part["seeds"].index(seed) for seed in seeds]
     if key.startswith("pass@"):
         right_SP = np.array(part["right"])[rows]
-        return eval_passk.pass_at_k(np.full(right_SP.shape, part["n"]), right_SP, int(key.removeprefix("pass@")))
-    return np.array(part[key], float)[rows]
+        found_SP = eval_passk.pass_at_k(np.full(right_SP.shape, part["n"]), right_SP, int(key.removeprefix("pass@")))
+    else:
+        found_SP = np.array(part[key], float)[rows]
+    if not kind:
+        return found_SP
+    same_P = np.array(part["types"]) == kind.removeprefix("all but ")
+    if kind.startswith("all but "):
+        return found_SP[:, ~same_P]
+    return found_SP[:, same_P]
 
 
-def gap(table, world, key, *, one, other, split):
+def gap(table, world, key, *, one, other, split, kind=""):
     """[value, low, high] of the difference between two arms, one minus other, in one measure."""
     seeds = seeds_of(table, world, (one, other), split)
-    ours_SP = measure(table, world, one, split, key=key, seeds=seeds)
-    theirs_SP = measure(table, world, other, split, key=key, seeds=seeds)
+    ours_SP = measure(table, world, one, split, key=key, seeds=seeds, kind=kind)
+    theirs_SP = measure(table, world, other, split, key=key, seeds=seeds, kind=kind)
     return interval(difference, ours_SP, theirs_SP)
 
 

@@ -1,5 +1,6 @@
 """The pictures of the studies: a world to a row or a panel, so that a premise and its absence stand side by side."""
 
+from harness.answers import VERIFIERS
 from lab import arms, claims, measures, pictures, report
 from lab.pictures import PALETTE
 
@@ -20,6 +21,8 @@ NAMES = {  # what an arm is called in a picture
     "opd": "OPD",
     "sft": "SFT, early-stopped",
     "overtrained": "SFT, over-trained",
+    "mixed": "all five verifiers",
+    **{arm: f"without {verifier}" for arm, verifier in arms.LEFT_OUT.items()},
 }
 COLOURS = {  # whose colour of PALETTE it has
     "all": "grpo",
@@ -37,6 +40,8 @@ COLOURS = {  # whose colour of PALETTE it has
     "opd": "opd",
     "sft": "sft",
     "overtrained": "vepo",
+    "mixed": "grpo",
+    **dict.fromkeys(arms.LEFT_OUT, "other"),
 }
 WORLDS = {  # what a world is called, and whether the papers' premise is there
     "toy-see": "misread cells",
@@ -48,6 +53,7 @@ WORLDS = {  # what a world is called, and whether the papers' premise is there
     "toy": "one skill, own hand",
     "toy-two-skills": "a second skill to forget",
     "toy-hand": "traces in another hand",
+    arms.MIXED: "five verifiers",
 }
 SHOWN = {  # the arms of a picture, from the top
     "doubt": ("base", "all", "entropy", "vepo", "vepo-half", "jsd", "random", "oracle"),
@@ -65,10 +71,11 @@ def colour_of(arm):
     return PALETTE[COLOURS.get(arm, "base")]
 
 
-def mean_interval(table, world, arm, key, split="in"):
+def mean_interval(table, world, arm, key, *, split="in", kind=""):
     """[value, low, high] of a measure of one arm, over seeds and problems."""
     seeds = measures.seeds_of(table, world, (arm,), split)
-    return measures.interval(measures.mean, measures.measure(table, world, arm, split, key=key, seeds=seeds))
+    return measures.interval(
+        measures.mean, measures.measure(table, world, arm, split, key=key, seeds=seeds, kind=kind))
 
 
 def panel(table, study, world, title, *, key, split="in"):
@@ -94,7 +101,7 @@ def caption_of(rows, table):
     for row in rows:
         said.setdefault(row["world"], []).append(f"{row['id']} {row['verdict']}")
     verdicts = ". ".join(f"{WORLDS.get(world, world)}: {', '.join(words)}" for world, words in said.items())
-    first = next(iter(next(iter(table["answers"].values())).values()))["in"]
+    first = next(iter(table["answers"][rows[0]["world"].split(", ")[0]].values()))["in"]
     return (f"Means over up to {len(first['seeds'])} seeds and {len(first['right'][0])} held-out problems, 95% "
             f"intervals over seeds and problems. {verdicts}.")
 
@@ -165,9 +172,24 @@ def draw_sft_or_rl(table, rows, bench, place):
             panel(table, "sft_or_rl", world, "tokens of an answer", key="length"),
             panel(table, "sft_or_rl", world, "hesitations in an answer", key="hesitations"),
         ]
+    of_hands = [row for row in rows if row["world"] in arms.HANDS]
     one = pictures.dots(panels, place / "sft_or_rl.png", "Hollow: before RL. Full: after the same GRPO",
-                        caption_of(rows, table), columns=4)
-    return [one]
+                        caption_of(of_hands, table), columns=4)
+    return [one, draw_verifiers(table, rows, place)]
+
+
+def draw_verifiers(table, rows, place):
+    """A panel for each verifier: pass@1 on its problems after training with all of them, and without each one."""
+    panels = []
+    for verifier in VERIFIERS:
+        lines = []
+        for arm in ("base", "mixed", *arms.LEFT_OUT):
+            found = mean_interval(table, arms.MIXED, arm, "pass@1", kind=verifier)
+            lines.append((name_of(arm), colour_of(arm), [found]))
+        panels.append((f"pass@1: {verifier}", "%", lines))
+    here = [row for row in rows if row["world"] == arms.MIXED]
+    return pictures.dots(panels, place / "verifiers.png", "GRPO with five verifiers, and with each one left out",
+                         caption_of(here, table), columns=3)
 
 
 def draw_curves(bench, world, names, path, *, keys):

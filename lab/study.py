@@ -70,10 +70,10 @@ def folder_of_runs(args):
 
 
 def models_of(specs):
-    """The models of the tabletop that these runs start from, and their teachers."""
+    """The models of the tabletop that these runs start from, their teachers, and their reward models."""
     found = []
     for spec in specs.values():
-        found += [spec.flags[key] for key in ("model", "teacher") if key in spec.flags]
+        found += [spec.flags[key] for key in ("model", "teacher", "reward_model") if key in spec.flags]
     return list(dict.fromkeys(found))
 
 
@@ -119,8 +119,11 @@ def intervals(table, world, arm, split):
     """{measure: [value, low, high]} of one arm: pass@k for the powers of two up to n, and the other columns."""
     part = table["answers"][world][arm][split]
     keys = [f"pass@{2**power}" for power in range(part["n"].bit_length())]
-    keys += [key for key in part if key not in ("data", "seeds", "n", "right")]
-    return {key: panels.mean_interval(table, world, arm, key, split=split) for key in keys}
+    keys += [key for key in part if key not in ("data", "seeds", "n", "right", "types")]
+    found = {key: panels.mean_interval(table, world, arm, key, split=split) for key in keys}
+    for kind in dict.fromkeys(part.get("types", [])):
+        found[f"pass@1 of {kind}"] = panels.mean_interval(table, world, arm, "pass@1", split=split, kind=kind)
+    return found
 
 
 def coverage_of(table):

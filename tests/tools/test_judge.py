@@ -7,7 +7,7 @@ import random
 import common
 from common import load_judge, load_policy
 from harness.flags import of_the_world
-from lab import mixed
+from lab import arms
 from tabletop import build, judge, models
 from tabletop.grids import Spec, answer, best_answer
 from tabletop.problems import load
@@ -133,7 +133,7 @@ def test_the_judge_ranks_pairs_that_it_has_not_seen():
 
 
 def test_the_arms_differ_in_what_is_left_out_alone():
-    found = mixed.arms()
+    found = {name: spec for name, spec in arms.sft_or_rl().items() if name.startswith("toy-mixed/")}
     whole = found["toy-mixed/mixed"]
     assert "verifiers" not in whole.flags
     for name, spec in found.items():
@@ -146,12 +146,6 @@ def test_the_arms_differ_in_what_is_left_out_alone():
             assert len(kept) == 4
         if arm.startswith("eval-"):
             assert spec.flags["dataset"] == "toy-mixed@fresh:640"
+            assert spec.flags["reward_model"] == whole.flags["reward_model"]
             assert spec.start == ("" if arm == "eval-base" else f"toy-mixed/{arm.removeprefix('eval-')}")
     assert len(found) == 2 * 6 + 1
-
-
-def test_an_interval_holds_seeds_and_problems():
-    mean, low, high = mixed.interval(np.array([[0.0, 1.0] * 32, [1.0, 1.0] * 32]))
-    assert mean == 0.75
-    assert low < 0.55 and high == 1.0
-    assert mixed.interval(np.full((3, 8), 0.25)) == [0.25, 0.25, 0.25]
