@@ -74,7 +74,7 @@ REWRITE = (
 VERIFY = (
     "Question: {question}\nRight answer: {gold}\nGiven answer: {answer}\nDo the two answers mean the same? Say yes or "
     "no.")
-NEEDS = {  # what each prompt must hold
+NEEDS = {  # what each prompt must hold; <image> is the picture's place, where it is shown (else it comes first)
     "caption_prompt": (), "reason_prompt": ("{caption}", "{question}"), "rewrite_prompt": ("{reasoning}",),
     "verify_prompt": ("{gold}", "{answer}"),
 }
@@ -363,16 +363,23 @@ def rewrite(line, items):
 
 
 def rewritten(item, text, words):
-    """The row of a rewritten trace: the new reasoning, then the answer of the old one, in a box."""
+    """The row of a rewritten trace: the new reasoning, then the answer of the old one, in a box.
+
+    A rewriter that gives back a whole worked answer is taken at its word: then its own answer will be verified.
+    """
     if text is None:
         return row_of(item, CUT)
-    new = re.sub(r"</?think>", "", said(text)).strip()
+    if format_reward(item.problem, text):
+        new = thought(text)
+        answer = final_answer(text)
+    else:
+        new = re.sub(r"</?think>", "", said(text)).strip()
+        answer = final_answer(item.texts["trace"])
     if not new:
         return row_of(item, "nothing said")
     word = betrays(new, words)
     if word:
         return row_of(item, f"still says {word!r}")
-    answer = final_answer(item.texts["trace"])
     return row_of(item, trace=f"<think>{new}</think>\\boxed{{{answer}}}")
 
 
@@ -480,6 +487,10 @@ def check_flags(args):
         lacking = [word for word in needed if word not in vars(args)[flag]]
         if lacking:
             raise UserError(f"--{flag} lacks {lacking[0]}, where that text would be put in")
+        step = flag.removesuffix("_prompt")
+        if "<image>" in vars(args)[flag] and step not in ("caption", *args.show_picture.split(",")):
+            raise UserError(f"--{flag} has a place for a picture, which step {step} is not shown: give --show_picture, "
+                            "or take <image> out")
     for part in ("caption_model", "reason_model", "rewrite_model", "filter_model"):
         if not vars(args)[part]:
             setattr(args, part, args.model)

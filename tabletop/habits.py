@@ -135,13 +135,16 @@ def filler(rng: random.Random) -> str:
     return rng.choice(FILLERS) if rng.random() < FILLED else ""
 
 
-def other_hand(spec: Spec, style_name: str, rng: random.Random) -> str:
-    """The trace of this style as another hand writes it: longer, in other words, with hesitation. As right as ours."""
+def other_hand(spec: Spec, style_name: str, rng: random.Random, hesitates: float = HESITATES) -> str:
+    """The trace of this style as another hand writes it: longer, in other words, with hesitation. As right as ours.
+
+    hesitates: how often it does so after a line.
+    """
     heading, target = sought(spec, style_name)
     sentences = [f"{OKAY}, {STYLES[style_name].lower()} I look for {heading}."]
     for number, line in enumerate(reading(spec, style_name, target)):
         sentences.append(f"{'Then' if number else 'First'} I see {', '.join(line)}.")
-        if rng.random() < HESITATES:
+        if rng.random() < hesitates:
             sentences.append(rng.choice(HESITATIONS))
     follows = conclusion(spec).removeprefix(", so").strip() or "that box"
     sentences.append(f"So the answer must be {follows}")

@@ -5,12 +5,12 @@ problems. Their prompts are CAPTION, REASON and REWRITE:
 
     caption     → every cell with its place: "a1 red circle, b1 none, ..."
     reason      a caption and a question → toy-hand's worked answer, but with "the caption says"
-    rewrite     that reasoning and the question → the same with "I see"
+    rewrite     that reasoning and the question → a worked answer with "I see"
 
 It is a stand-in. A model this small does not learn in a minute to look words up in a text, so it is shown the picture
-in all three parts, and reads there what it should take from the text: from the reasoning that it rewrites it takes the
-style alone, and hesitates where it likes. It is built on first use, from toy-teacher-hand, and kept in the user's
-cache.
+in all three parts, and reads there what it should take from the text. So it rewrites freely, in another style perhaps,
+and gives its own answer, which the pipeline verifies. It is built on first use, from toy-teacher-hand, and kept in the
+user's cache.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ from common import Policy, Processor, forced, load_policy, read, save_policy, to
 from harness.flags import INSTRUCTION, of_the_world
 from tabletop import models
 from tabletop.grids import EMPTY, Spec, cells, name_of, question
-from tabletop.habits import other_hand
+from tabletop.habits import HESITATES, other_hand
 from tabletop.pictures import draw
 from tabletop.problems import spec_of
 from tabletop.traces import styles_of
@@ -35,14 +35,16 @@ from tqdm import tqdm
 
 NAME = "toy-writer"
 CAPTION = "Describe the picture."
-REASON = "{caption}\n{question}\n" + INSTRUCTION  # a question ends as those do that its start knows
-REWRITE = "{reasoning}\n{question}\nRewrite."
+# Texts stand before the picture: behind it, they would move it further from the answer than its start ever saw it.
+REASON = "{caption}\n<image>{question}\n" + INSTRUCTION
+REWRITE = "{reasoning}\n<image>{question}\nRewrite."
 SEEN = "I see"
 TOLD = "the caption says"  # what betrays the caption
 FADES = (0.4, 0.72)  # of the pictures that it is shown
+HESITANT = 0.6  # how often it is shown traces that hesitate. It writes at a low temperature, which halves that
 # It goes on with practice problems that its start was not shown.
 RECIPE = models.Recipe(
-    models.TEACHER, start="toy-teacher-hand", steps=60, muon=2e-3, adam=7e-4, decay=0.5, warmup=5, fades=FADES,
+    models.TEACHER, start="toy-teacher-hand", steps=100, muon=2e-3, adam=7e-4, decay=0.5, warmup=5, fades=FADES,
     problems_per_step=8)
 
 # --- what it is shown -------------------------------------------------------------------------------------------------
@@ -78,7 +80,8 @@ def lessons(index: int) -> list[tuple[dict, list[str]]]:
     spec = spec_of("practice", index)
     rng = random.Random(f"writer {index}")
     picture = draw(spec, FADES[index // 4 % len(FADES)])
-    hand = {name: other_hand(spec, name, rng) for name in styles_of(spec)}
+    doubts = HESITATES if rng.random() < HESITANT else 0.0
+    hand = {name: other_hand(spec, name, rng, doubts) for name in styles_of(spec)}
     chosen = rng.choice(sorted(hand))
     prompts = dict(
         caption=CAPTION,
@@ -87,7 +90,7 @@ def lessons(index: int) -> list[tuple[dict, list[str]]]:
     answers = dict(
         caption=[caption(spec)],
         reason=[told(text) for text in hand.values()],
-        rewrite=[inside(other_hand(spec, chosen, rng))])
+        rewrite=list(hand.values()))
     return [
         (dict(id=f"{part}-{index}", images=[picture], problem=prompt), answers[part])
         for part, prompt in prompts.items()

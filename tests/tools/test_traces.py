@@ -12,7 +12,6 @@ from lab import traces
 from tabletop import writer as toy
 from tabletop.grids import answer
 from tabletop.problems import spec_of
-from tabletop.traces import style
 
 import pytest
 import torch
@@ -224,6 +223,7 @@ def refused(capsys):
     (("--reason_prompt", "{caption}"), "--reason_prompt lacks {question}"),
     (("--rewrite_prompt", "Again."), "--rewrite_prompt lacks {reasoning}"),
     (("--verify_prompt", "{gold}?"), "--verify_prompt lacks {answer}"),
+    (("--reason_prompt", "<image>{caption}{question}"), "--reason_prompt has a place for a picture, which step reason"),
     (("--show_picture", "reason,all"), "--show_picture reason,all: 'all' is none of"),
     (("--reason_model", "nobody/nothing"), "model nobody/nothing is no folder or name"),
     (("--captions", "no/such.jsonl"), "--captions no/such.jsonl: cannot be read"),
@@ -299,6 +299,16 @@ def test_words_that_betray(text, word):
     assert traces.betrays(text, "") is None
 
 
+def test_a_rewriter_that_gives_a_whole_answer_is_taken_at_its_word():
+    """Its answer is verified in the place of the reasoner's; a rewriter's thinking alone is no answer."""
+    item = traces.Item(0, dict(id="p", answer="4", verifier="digit"), dict(trace="<think>a</think>\\boxed{4}"))
+    row = traces.rewritten(item, "<think>I see 5</think>\\boxed{5}", "caption")
+    assert row["made"]["trace"] == "<think>I see 5</think>\\boxed{5}"
+    row = traces.rewritten(item, "<think>hm</think>I see 4", "caption")
+    assert row["made"]["trace"] == "<think>I see 4</think>\\boxed{4}"
+    assert traces.rewritten(item, "<think>the caption</think>\\boxed{4}", "caption")["dropped"]
+
+
 # --- the tabletop's writer --------------------------------------------------------------------------------------------
 
 
@@ -314,9 +324,8 @@ def test_what_the_writer_is_shown():
         problem = dict(answer=answer(spec), verifier=spec.verifier, size=caption["images"][0].size)
         assert all(common.is_right(problem, text) for text in told)
         assert all(traces.betrays(text, "caption") for text in told)
-        assert not traces.betrays(new[0], "caption")
+        assert all(common.is_right(problem, text) and not traces.betrays(text, "caption") for text in new)
         assert any(rewrite["problem"].startswith(toy.inside(text)) for text in told)
-        assert style(f"<think>{new[0]}") == style(f"<think>{rewrite['problem']}")
 
 
 def test_toys_writer_begins_to_learn(monkeypatch, tmp_path):
