@@ -272,7 +272,7 @@ def load_rows(name: str, split: str | None, files: list[Path] | None) -> dataset
     datasets.utils.logging.set_verbosity(logging.CRITICAL)  # what goes wrong is said once, below
     try:
         if files is None:
-            return datasets.load_dataset(name, split=split)
+            return load_from_hub(name, split)
         kind = LOADERS[files[0].suffix]
         return datasets.load_dataset(kind, data_files=[str(file) for file in files], split="train")
     except (OSError, ValueError, StopIteration, datasets.exceptions.DatasetsError) as error:
@@ -281,6 +281,16 @@ def load_rows(name: str, split: str | None, files: list[Path] | None) -> dataset
         reason = shorten(f"{type(error).__name__}: {error}; {cause}", 300)
         raise UserError(f"data set {name}, split {split}, cannot be loaded ({reason}); check name and split, or the "
                         "file's syntax; without a network give a local file or folder") from error
+
+
+def load_from_hub(name: str, split: str) -> datasets.Dataset:
+    """A split of a data set on the hub. Where it has several parts, as AI4Math/MathVerse, that of the split's name."""
+    try:
+        return datasets.load_dataset(name, split=split)
+    except ValueError as error:
+        if "Config name is missing" not in str(error):
+            raise
+    return datasets.load_dataset(name, split, split=split)
 
 
 # --- the files of a split ---------------------------------------------------------------------------------------------

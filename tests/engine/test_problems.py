@@ -6,7 +6,7 @@ import json
 import tabletop.problems
 from common import UserError, grade, load_problems
 from harness.flags import of_the_world
-from harness.problems import WithTraces
+from harness.problems import WithTraces, load_rows
 
 import datasets
 import pytest
@@ -308,6 +308,19 @@ def test_mathverse(tmp_path):
 
 
 def test_mathvision(tmp_path):
+def test_a_data_set_of_several_parts_gives_that_of_the_splits_name(tmp_path):
+    """As AI4Math/MathVerse on the hub: each split is a part (config) of its own."""
+    card = ["---", "configs:"]
+    for name in ("testmini", "testmini_text_only"):
+        write_parquet(tmp_path / f"{name}.parquet", {"question": [name], "answer": ["B"]})
+        card += [f"- config_name: {name}", "  data_files:", f"  - split: {name}", f"    path: {name}.parquet"]
+    (tmp_path / "README.md").write_text("\n".join([*card, "---"]))
+    assert load_rows(str(tmp_path), "testmini", None)["question"] == ["testmini"]
+    assert load_rows(str(tmp_path), "testmini_text_only", None)["question"] == ["testmini_text_only"]
+    with pytest.raises(UserError, match=r"Available: \['testmini', 'testmini_text_only'\]"):
+        load_rows(str(tmp_path), "test", None)
+
+
     """Options in a column of their own reach the prompt; <image1> is the picture's place."""
     spec = write_parquet(tmp_path / "data/test-00000-of-00001-3532b8d3f1b4047a.parquet", {
         "id": ["1", "2", "3"],
