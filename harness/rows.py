@@ -326,7 +326,7 @@ def open_picture(data: bytes | None, path: str | None, column: str, root: Path |
     try:
         source = locate(path, root) if data is None else io.BytesIO(data)
         with Image.open(source) as file:
-            picture = file.convert("RGB")
+            picture = on_white(file)
     except (OSError, SyntaxError, ValueError, TypeError, Image.DecompressionBombError) as error:
         place = f" under {root}" if root else ""
         raise RowFault(column, path, f"the picture cannot be opened ({shorten(error)}); restore it{place}, or leave "
@@ -352,4 +352,13 @@ def shorten(value: object, length: int = 80) -> str:
     line = " ".join(str(value).split())
     if len(line) <= length:
         return line
+def on_white(picture: Image.Image) -> Image.Image:
+    """A picture in RGB, on white paper: `convert` alone would show what lies below transparent pixels, often black."""
+    if not picture.has_transparency_data:
+        return picture.convert("RGB")
+    picture = picture.convert("RGBA")  # trap: transparent pictures
+    paper = Image.new("RGBA", picture.size, "white")
+    return Image.alpha_composite(paper, picture).convert("RGB")
+
+
     return line[:length - 1] + "…"

@@ -708,6 +708,24 @@ def test_trap_broken_problems(tmp_path, change, name, why):
 
 def test_many_broken_rows_are_counted(tmp_path):
     message = fault(write_jsonl(tmp_path, [row(answer="") for _ in range(30)]))
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_trap_transparent_pictures(tmp_path, mode):
+    """A black line on nothing stays a black line: below transparent pixels lies black too."""
+    drawing = picture(8, 6, (0, 0, 0, 0), "RGBA")
+    drawing.paste((0, 0, 0, 255), (0, 2, 8, 4))
+    saved = drawing.convert(mode)
+    if mode == "P":
+        saved = picture(8, 6, 0, "P")
+        saved.paste(1, (0, 2, 8, 4))
+        saved.putpalette([0, 0, 0] * 2)
+        saved.info["transparency"] = 0
+    spec = write_jsonl(tmp_path, [row()])
+    saved.save(tmp_path / "0.png")
+    image = load_problems(spec)[0]["images"][0]
+    assert image.mode == "RGB"
+    assert [image.getpixel((3, y)) for y in (0, 3, 5)] == [(255,) * 3, (0,) * 3, (255,) * 3]
+
+
     assert "row 0 " in message
     assert "rows with faults: 30, [0, 1, 2" in message
 
