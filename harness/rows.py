@@ -250,7 +250,8 @@ def named_verifier(values: dict) -> str:
 def default_verifier(row: dict, text: str, answer: str) -> str:
     """The verifier of a row that names none: by its columns where they say it, else by question and answer."""
     is_choice = row.get("question_type") in ("multi-choice", "multi_choice")  # MathVerse, MathVista
-    if is_choice and read_letter(answer) is not None:
+    asks_for_letters = "specific_capability" in row  # LogicVista: its options may stand in the picture alone
+    if (is_choice or asks_for_letters) and read_letter(answer) is not None:
         return "mcq"
     if row.get("answer_type") == "list":
         return "math"  # four numbers are not always a box

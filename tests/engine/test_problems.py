@@ -366,18 +366,25 @@ def test_wemath(tmp_path):
 
 
 def test_logicvista(tmp_path):
-    """Options stand in the picture, the question names their letters; some golds are several letters."""
-    spec = write_parquet(tmp_path / "test-00000-of-00001.parquet", {
-        "id": ["v1", "v2"],
-        "question": ["Which box comes next in the sequence? Select from A-E.", "Which fit? Select from A, B, C and D."],
-        "answer": ["C", "A, C"],
-        "reasoning": ["It rotates."] * 2,
-        "skill": [["inductive"]] * 2,
-        "imagesource": ["s"] * 2,
-        "image": [picture()] * 2,
+    """Options may stand in the picture alone, unnamed by the question; some golds are several letters."""
+    spec = write_parquet(tmp_path / "data/test-00000-of-00001.parquet", {
+        "question": [
+            "Which box comes next in the sequence? Select from A-E.", "Which fit? Select from A, B, C and D.",
+            "Which figure is a rotation of the object?",
+        ],
+        "answer": ["C", "A, C", "B"],
+        "reasoning": ["It rotates."] * 3,
+        "skill": [["inductive"]] * 3,
+        "broad_capability": [["diagram"]] * 3,
+        "specific_capability": [["sequence pattern"]] * 3,
+        "imagesource": ["s"] * 3,
+        "sourcelink": ["https://s"] * 3,
+        "liscenced": ["false"] * 3,
+        "id": ["v1_0", "v1_1", "v1_381"],
+        "image": [picture()] * 3,
     }, image=datasets.Image())
     problems = load_problems(spec)
-    assert column("verifier", problems) == ["mcq", "math"]
+    assert column("verifier", problems) == ["mcq", "math", "mcq"]
     assert grade(problems[1], "\\boxed{A,C}") == 1
     assert grade(problems[1], "\\boxed{A}") == 0
 
@@ -391,6 +398,7 @@ def test_dynamath(tmp_path):
             "image": ["images/1.png", "images/2.png"],
             "decoded_image": [picture()] * 2,
             "ground_truth": [f"{variant}.0944", "B"],
+    assert grade(problems[2], "\\boxed{(B)}") == 1
             "answer_type": ["float", "multiple choice"],
             "subject": ["analytic geometry"] * 2,
             "knowledge_level": ["undergraduate"] * 2,
