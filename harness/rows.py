@@ -60,6 +60,8 @@ def read_row(row: dict, columns: dict[str, str]) -> dict:
     if choices:
         answer = chosen_letter(answer, choices, columns["answer"])
         text = with_choices(text, choices)
+    if row.keys() >= MATH_VISION and not isinstance(row[columns["images"]], list):
+        text = with_names(text)
     problem = {
         "problem": with_places(text, columns["problem"]),
         "answer": answer,
@@ -121,6 +123,7 @@ def check_pictures(value: object, text: str, columns: dict[str, str], root: Path
 # --- its question -----------------------------------------------------------------------------------------------------
 
 PLACE = re.compile(r"<image[ _]?(\d+)>")
+MATH_VISION = {"options", "level", "subject"}  # it has one picture for each question, in which <image2> is a label
 # Whatever else would reach the model as a picture's place or as a mark of the chat: <img>, <Image>, <|image_pad|>.
 STRAY_MARK = re.compile(r"</?(?:image|img|picture|figure|video|audio)\b[^<>]*>|<\|\w+\|>", re.IGNORECASE)
 
@@ -130,6 +133,16 @@ def question_of(row: dict, values: dict) -> str:
     if row.get("problem_version") == "Vision Only":
         return "Answer the question that the picture asks."
     return str(values.get("problem", ""))
+
+
+def with_names(text: str) -> str:
+    """A text whose <image1>, <image2> are parts of one picture, which shows their names: [image 1], [image 2].
+
+    <image1> alone stays what it is, the picture's place.
+    """
+    if PLACE.findall(text) in ([], ["1"]):
+        return text
+    return PLACE.sub(r"[image \1]", text)
 
 
 def with_places(text: str, column: str) -> str:
@@ -339,6 +352,15 @@ def open_picture(data: bytes | None, path: str | None, column: str, root: Path |
     return picture
 
 
+def on_white(picture: Image.Image) -> Image.Image:
+    """A picture in RGB, on white paper: `convert` alone would show what lies below transparent pixels, often black."""
+    if not picture.has_transparency_data:
+        return picture.convert("RGB")
+    picture = picture.convert("RGBA")  # trap: transparent pictures
+    paper = Image.new("RGBA", picture.size, "white")
+    return Image.alpha_composite(paper, picture).convert("RGB")
+
+
 def locate(path: str, root: Path) -> Path:
     """The file of a picture: as its path says; else under the root without leading slashes, or in images/ there."""
     inside = path.lstrip("/")  # VLAA-Thinking's paths may begin with a slash; its pictures lie in images/
@@ -353,13 +375,4 @@ def shorten(value: object, length: int = 80) -> str:
     line = " ".join(str(value).split())
     if len(line) <= length:
         return line
-def on_white(picture: Image.Image) -> Image.Image:
-    """A picture in RGB, on white paper: `convert` alone would show what lies below transparent pixels, often black."""
-    if not picture.has_transparency_data:
-        return picture.convert("RGB")
-    picture = picture.convert("RGBA")  # trap: transparent pictures
-    paper = Image.new("RGBA", picture.size, "white")
-    return Image.alpha_composite(paper, picture).convert("RGB")
-
-
     return line[:length - 1] + "…"

@@ -250,9 +250,10 @@ def write_vlaa(folder, rows, name="VLAA-Thinking-GRPO-25K.json"):
 
 
 def vlaa_row(verifier, gold, **changes):
+    meta = {"caption_model_id": "m", "rationale": "r"} if verifier == "digit" else {"ppl-caption": 13.6, "url": "u"}
     return {
         "id": f"{verifier}-{gold}"[:30], "image": "/clevr_math/0.png", "question": "Q", "gt": gold, "caption": "c",
-        "ds_answer": f"<think>so</think>\n<answer>{gold}</answer>", "verifier_type": verifier, **changes,
+        "ds_answer": f"<think>so</think>\n<answer>{gold}</answer>", "verifier_type": verifier, "meta": meta, **changes,
     }
 
 
@@ -307,7 +308,6 @@ def test_mathverse(tmp_path):
     assert column("answer", problems) == ["B", "B", "5.4cm"]
 
 
-def test_mathvision(tmp_path):
 def test_a_data_set_of_several_parts_gives_that_of_the_splits_name(tmp_path):
     """As AI4Math/MathVerse on the hub: each split is a part (config) of its own."""
     card = ["---", "configs:"]
@@ -321,27 +321,38 @@ def test_a_data_set_of_several_parts_gives_that_of_the_splits_name(tmp_path):
         load_rows(str(tmp_path), "test", None)
 
 
-    """Options in a column of their own reach the prompt; <image1> is the picture's place."""
+def test_mathvision(tmp_path):
+    """Options in a column of their own reach the prompt. <image1> is the picture's place; where there are several, they
+    are labels in the one picture."""
     spec = write_parquet(tmp_path / "data/test-00000-of-00001-3532b8d3f1b4047a.parquet", {
-        "id": ["1", "2", "3"],
-        "question": ["Which figure? <image1>", "How many cups are there? <image1>", "How long?\n<image1>"],
-        "options": [["A", "B", "C", "D", "E"], [], ["3", "\\sqrt{2}"]],
-        "image": ["images/1.jpg", "images/2.jpg", "images/3.jpg"],
-        "decoded_image": [picture()] * 3,
-        "answer": ["C", "7", "B"],
-        "solution": [None, "We count.", None],
-        "level": [1, 2, 3],
-        "subject": ["logic", "counting", "algebra"],
+        "id": ["1", "2", "3", "31", "923", "2673"],
+        "question": [
+            "Which figure? <image1>", "How many cups are there? <image1>", "How long?\n<image1>",
+            "How many ducks weigh the same?\n<image1>\n<image2>", "A clock shows <image1>. Which is not <image1>?",
+            "Which net is a cube?",
+        ],
+        "options": [
+            ["A", "B", "C", "D", "E"], [], ["3", "\\sqrt{2}"], ["A", "B"], ["1", "2"], ["<image1>", "<image2>"],
+        ],
+        "image": [f"images/{n}.jpg" for n in (1, 2, 3, 31, 923, 2673)],
+        "decoded_image": [picture()] * 6,
+        "answer": ["C", "7", "B", "B", "A", "A"],
+        "solution": [None, "We count.", None, None, None, None],
+        "level": [1, 2, 3, 1, 5, 5],
+        "subject": ["logic", "counting", "algebra", "arithmetic", "arithmetic", "solid geometry"],
     }, decoded_image=datasets.Image())
     problems = load_problems(f"{tmp_path}@test")
-    assert len(load_problems(spec)) == 3
+    assert len(load_problems(spec)) == 6
     assert column("problem", problems) == [
         "Which figure? <image>\nChoices: (A), (B), (C), (D), (E)",
         "How many cups are there? <image>",
         "How long?\n<image>\nChoices:\n(A) 3\n(B) \\sqrt{2}",
+        "How many ducks weigh the same?\n[image 1]\n[image 2]\nChoices: (A), (B)",
+        "A clock shows [image 1]. Which is not [image 1]?\nChoices:\n(A) 1\n(B) 2",
+        "Which net is a cube?\nChoices:\n(A) [image 1]\n(B) [image 2]",
     ]
-    assert column("verifier", problems) == ["mcq", "digit", "mcq"]
-    assert column("answer", problems) == ["C", "7", "B"]
+    assert column("verifier", problems) == ["mcq", "digit", "mcq", "mcq", "mcq", "mcq"]
+    assert column("answer", problems) == ["C", "7", "B", "B", "A", "A"]
 
 
 def test_wemath(tmp_path):
@@ -387,23 +398,23 @@ def test_logicvista(tmp_path):
     assert column("verifier", problems) == ["mcq", "math", "mcq"]
     assert grade(problems[1], "\\boxed{A,C}") == 1
     assert grade(problems[1], "\\boxed{A}") == 0
+    assert grade(problems[2], "\\boxed{(B)}") == 1
 
 
 def test_dynamath(tmp_path):
-    """A split for each variant, gold answers in a column called ground_truth."""
+    """Ten variants, gold answers in a column called ground_truth. On the hub sample1-* is split sample_variant1."""
     for variant in (1, 2):
-        write_parquet(tmp_path / f"data/sample_variant{variant}-00000-of-00001.parquet", {
+        write_parquet(tmp_path / f"data/sample{variant}-00000-of-00003.parquet", {
             "id": ["1", "2"],
             "question": ["What is the period of this function?", "Is it even? Choices: (A) Yes (B) No"],
             "image": ["images/1.png", "images/2.png"],
             "decoded_image": [picture()] * 2,
             "ground_truth": [f"{variant}.0944", "B"],
-    assert grade(problems[2], "\\boxed{(B)}") == 1
             "answer_type": ["float", "multiple choice"],
             "subject": ["analytic geometry"] * 2,
             "knowledge_level": ["undergraduate"] * 2,
         }, decoded_image=datasets.Image())
-    problems = load_problems(f"{tmp_path}@sample_variant2")
+    problems = load_problems(f"{tmp_path}@sample2")
     assert column("answer", problems) == ["2.0944", "B"]
     assert column("verifier", problems) == ["math", "mcq"]
 
@@ -415,6 +426,7 @@ def hallusionbench(path, split, images):
         "visual_input": ["1"] * 2,
         "set_id": ["0"] * 2,
         "figure_id": ["1"] * 2,
+        "sample_note": ["circle"] * 2,
         "question_id": ["0", "1"],
         "question": ["Are the circles of the same size?", "Is the left one larger?"],
         "gt_answer_details": ["They are.", "It is not."],
@@ -696,6 +708,24 @@ BROKEN = [
 ]
 
 
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_trap_transparent_pictures(tmp_path, mode):
+    """A black line on nothing stays a black line: below transparent pixels lies black too."""
+    drawing = picture(8, 6, (0, 0, 0, 0), "RGBA")
+    drawing.paste((0, 0, 0, 255), (0, 2, 8, 4))
+    saved = drawing.convert(mode)
+    if mode == "P":
+        saved = picture(8, 6, 0, "P")
+        saved.paste(1, (0, 2, 8, 4))
+        saved.putpalette([0, 0, 0] * 2)
+        saved.info["transparency"] = 0
+    spec = write_jsonl(tmp_path, [row()])
+    saved.save(tmp_path / "0.png")
+    image = load_problems(spec)[0]["images"][0]
+    assert image.mode == "RGB"
+    assert [image.getpixel((3, y)) for y in (0, 3, 5)] == [(255,) * 3, (0,) * 3, (255,) * 3]
+
+
 @pytest.mark.parametrize("change, name, why", BROKEN)
 def test_trap_broken_problems(tmp_path, change, name, why):
     """Text-only and broken rows: the error names data set, row, column and value, before any training."""
@@ -716,24 +746,6 @@ def test_trap_broken_problems(tmp_path, change, name, why):
 
 def test_many_broken_rows_are_counted(tmp_path):
     message = fault(write_jsonl(tmp_path, [row(answer="") for _ in range(30)]))
-@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
-def test_trap_transparent_pictures(tmp_path, mode):
-    """A black line on nothing stays a black line: below transparent pixels lies black too."""
-    drawing = picture(8, 6, (0, 0, 0, 0), "RGBA")
-    drawing.paste((0, 0, 0, 255), (0, 2, 8, 4))
-    saved = drawing.convert(mode)
-    if mode == "P":
-        saved = picture(8, 6, 0, "P")
-        saved.paste(1, (0, 2, 8, 4))
-        saved.putpalette([0, 0, 0] * 2)
-        saved.info["transparency"] = 0
-    spec = write_jsonl(tmp_path, [row()])
-    saved.save(tmp_path / "0.png")
-    image = load_problems(spec)[0]["images"][0]
-    assert image.mode == "RGB"
-    assert [image.getpixel((3, y)) for y in (0, 3, 5)] == [(255,) * 3, (0,) * 3, (255,) * 3]
-
-
     assert "row 0 " in message
     assert "rows with faults: 30, [0, 1, 2" in message
 
