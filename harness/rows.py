@@ -29,8 +29,9 @@ COLUMNS = {
 }
 OPTIONAL = ("verifier", "trace", "id")
 OPTIONS = ("choices", "options", "option")  # one column: a list, or a text such as "A. 5; B. 6"
-OPTION_OF_ITS_OWN = re.compile(r"([A-H])|(?:choice|option)_?([a-hA-H])")  # a column for each option
-UNREAD_OPTIONS = re.compile(r"(?:answer|mc|multiple)_?(?:choice|option)s?|choice|candidates?|distractors?")
+OPTION_OF_ITS_OWN = re.compile(r"(?:(?:choice|option|opt)[ _]?)?([a-h])")  # a column for each option
+UNREAD_OPTIONS = re.compile(
+    r"(?:answer|mc|multiple)_?(?:choice|option)s?|choice|candidates?|distractors?|(?:choice|option|opt)s?[ _]?\d+")
 
 
 class RowFault(ValueError):
@@ -173,10 +174,10 @@ def options_of(row: dict) -> list[str]:
             continue
         if name.lower() in OPTIONS:
             return read_options(name, value)
-        match = OPTION_OF_ITS_OWN.fullmatch(name)
+        match = OPTION_OF_ITS_OWN.fullmatch(name.lower())
         if match is not None:
-            of_their_own[(match.group(1) or match.group(2)).upper()] = str(value)
-        elif UNREAD_OPTIONS.fullmatch(name.lower()):
+            of_their_own[match.group(1).upper()] = str(value)
+        elif UNREAD_OPTIONS.fullmatch(name.lower()) or seem_options(name, value):
             raise RowFault(name, value, "these look like options, which the prompt would lack; call the column choices")
     if "A" not in of_their_own or "B" not in of_their_own:
         return []
@@ -205,11 +206,20 @@ def in_order(column: str, options: dict[str, str]) -> list[str]:
 
 def split_options(text: str) -> list[str]:
     """The options of "A. 5; B. 6; C. none", each without its letter; [] unless it begins with A."""
+def seem_options(name: str, value: object) -> bool:
+    """Whether a column of another name holds options, as in all_choices: ["red", "blue"]."""
+    if re.search("choice|option", name.lower()) is None:
+        return False
+    return isinstance(value, list | dict) or len(split_options(str(value))) > 1
+
+
     starts = []
     ends = [0]
     for mark in re.finditer(r"(?:^|[;,\s])\(?([A-Z])[.):：．、]", text):
         if mark.group(1) == letter(len(starts)):  # the letters come in order: a C inside option A opens nothing
             starts.append(mark.start())
+        if any(option is None or not str(option).strip() for option in value):
+            raise RowFault(column, value, "one of its options is empty; write it, or leave the row out")
             ends.append(mark.end())
     if not starts or text[:starts[0]].strip():
         return []

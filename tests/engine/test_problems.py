@@ -468,7 +468,8 @@ def test_mmstar(tmp_path):
 OPTION_COLUMNS = [
     {"choices": ["red", "blue"]}, {"options": ["red", "blue"]}, {"option": "A. red; B. blue"},
     {"Options": "(A) red\n(B) blue"}, {"options": "A: red, B: blue"}, {"options": {"A": "red", "B": "blue", "C": None}},
-    {"A": "red", "B": "blue", "C": ""}, {"choice_a": "red", "choice_b": "blue"},
+    {"A": "red", "B": "blue", "C": ""}, {"choice_a": "red", "choice_b": "blue"}, {"a": "red", "b": "blue"},
+    {"Option A": "red", "Option B": "blue"}, {"opt_a": "red", "opt_b": "blue"},
 ]
 
 
@@ -508,6 +509,11 @@ def test_a_letter_in_the_question_is_no_list_of_options(tmp_path):
     ({"candidates": ["red", "blue"]}, "candidates", "the prompt would lack"),
     ({"choices": ["red", "blue"], "answer": "C"}, "answer", "none of the choices"),
 ])
+    ({"option_1": "red", "option_2": "blue"}, "option_1", "the prompt would lack"),
+    ({"all_choices": ["red", "blue"]}, "all_choices", "the prompt would lack"),
+    ({"choices_text": "A. red; B. blue"}, "choices_text", "the prompt would lack"),
+    ({"choices": ["red", None]}, "choices", "is empty"),
+    ({"choices": ["red", " "]}, "choices", "is empty"),
 def test_options_that_would_be_lost_are_an_error(tmp_path, columns, name, why):
     message = fault(write_jsonl(tmp_path, [row(**{"answer": "B", **columns})]))
     assert f"column {name}," in message
@@ -516,6 +522,11 @@ def test_options_that_would_be_lost_are_an_error(tmp_path, columns, name, why):
 
 def test_numbered_places_are_pictures(tmp_path):
     images = {"images": ["0.png", "1.png"], "image": None}
+def test_a_column_about_choices_holds_none(tmp_path):
+    about = {"correct_choice_idx": 1, "is_multiple_choice": True, "question_type": "multi_choice"}
+    assert load_problems(write_jsonl(tmp_path, [row(answer="B", **about)]))[0]["problem"] == "How many?"
+
+
     spec = write_jsonl(tmp_path, [row(question="Compare <image1> with <image 2>.", **images)])
     assert load_problems(spec)[0]["problem"] == "Compare <image> with <image>."
 
