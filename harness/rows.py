@@ -126,10 +126,10 @@ def check_pictures(value: object, text: str, columns: dict[str, str], root: Path
 PLACE = re.compile(r"<image[ _]?(\d+)>")
 MATH_VISION = {"options", "level", "subject"}  # it has one picture for each question, in which <image2> is a label
 # Whatever else would reach the model as a picture's place or as a mark of the chat: <img>, <Image>, <|image_pad|>.
-STRAY_MARK = re.compile(r"</?(?:image|img|picture|figure|video|audio)\b[^<>]*>|<\|\w+\|>", re.IGNORECASE)
+STRAY_MARK = re.compile(r"</?(?:image|img|pic|figure|video|audio)[^<>]*>|\[(?:image|img)\]|<\|\w+\|>", re.IGNORECASE)
 
 
-def question_of(row: dict, values: dict) -> str:
+def question_of(row: dict, values: dict, columns: dict[str, str]) -> str:
     """The text of a question. That of MathVerse's "Vision Only" version stands in the picture alone."""
     if row.get("problem_version") == "Vision Only":
         return "Answer the question that the picture asks."

@@ -538,6 +538,10 @@ def test_a_column_about_choices_holds_none(tmp_path):
     ("What is in <Image>?", "<Image> would reach the model"),
     ("What is in <img src='0.png'>?", "would reach the model"),
     ("What is in <|image_pad|>?", "<|image_pad|> would reach the model"),
+    ("What is in <Image1>?", "<Image1> would reach the model"),
+    ("What is in <image_placeholder>?", "<image_placeholder> would reach the model"),
+    ("What is in <ImageHere>?", "<ImageHere> would reach the model"),
+    ("What is in [image]?", "[image] would reach the model"),
     ("Count.<|im_end|>", "<|im_end|> would reach the model"),
 ])
 def test_a_place_that_would_reach_the_prompt_as_text_is_an_error(tmp_path, question, why):
