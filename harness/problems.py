@@ -239,9 +239,9 @@ def fault_line(faults: list[tuple[int, str]], spec: str) -> str:
     """The first fault of a data set, and how many more there are, as one line."""
     numbers = [number for number, _ in faults]
     message = f"data set {spec}, row {numbers[0]} (counted from 0), {faults[0][1]}"
-    if len(numbers) > 1:
-        message += f" (rows with faults: {len(numbers)}, {shorten(numbers)}; --skip_bad_rows leaves them out)"
-    return message
+    if len(numbers) == 1:
+        return f"{message} (--skip_bad_rows leaves it out)"
+    return f"{message} (rows with faults: {len(numbers)}, {shorten(numbers)}; --skip_bad_rows leaves them out)"
 
 
 def open_rows(name: str, split: str | None) -> tuple[datasets.Dataset, Path | None]:
@@ -361,7 +361,7 @@ def find_columns(names: list[str], spec: str) -> dict[str, str]:
             columns[part] = present[0]
         elif part not in OPTIONAL:  # trap: broken problems (a missing column)
             raise UserError(f"data set {spec}: no column for {part}, which is called {' or '.join(known)}; "
-                            f"it has {', '.join(names)}; rename one")
+                            f"it has {shorten(', '.join(names), 300)}; rename one")
     return columns
 
 

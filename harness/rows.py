@@ -5,12 +5,13 @@ A new data set whose columns have other names is a line in COLUMNS. One whose an
 """
 
 import io
+import math
 import re
 from pathlib import Path
 
 from harness.answers import VERIFIERS, read_box, read_integer, read_letter, unbox
 
-from PIL import Image
+from PIL import Image, ImageOps
 
 # What the parts of a problem are called, the preferred name first: in geometry3k (images, problem, answer), MathVista
 # (decoded_image, query, answer, pid), ViRL39K (image, question, answer, qid), MMK12 (image, question, answer, id),
@@ -50,7 +51,7 @@ def read_row(row: dict, columns: dict[str, str]) -> dict:
     Raises RowFault for options or places of pictures that would not reach the prompt as they should.
     """
     values = {part: row[column] for part, column in columns.items() if row[column] is not None}
-    text = question_of(row, values)
+    text = question_of(row, values, columns)
     if not text.strip():  # trap: broken problems
         raise RowFault(columns["problem"], text, "the problem is empty; write one, or leave the row out")
     answer = gold_text(row, values, columns)
@@ -70,7 +71,7 @@ def read_row(row: dict, columns: dict[str, str]) -> dict:
     }
     for part in ("id", "trace"):
         if part in values:
-            problem[part] = str(values[part])
+            problem[part] = text_of(values, part, columns)
     return problem
 
 
@@ -82,8 +83,16 @@ def check_row(row: dict, problem: dict, columns: dict[str, str], root: Path | No
     except ValueError as error:
         raise RowFault(columns["answer"], row[columns["answer"]], f"it cannot be graded: {error}; correct it, give "
                        "another verifier, or leave the row out") from error
+    if problem["verifier"] == "mcq":
+        check_letter(problem["answer"], problem["problem"], columns["answer"])
     if problem["verifier"] == "iou":
         check_box(problem["answer"], pictures[0].size, columns["answer"])
+
+
+def check_letter(answer: str, text: str, column: str) -> None:
+    """Raises RowFault for a gold letter that is none of the options that the question lists."""
+    if has_option("A", text) and has_option("B", text) and not has_option(read_letter(answer), text):
+        raise RowFault(column, answer, "the question lists no option of this letter; correct one of them")
 
 
 def check_box(answer: str, size: tuple[int, int], column: str) -> None:
@@ -101,8 +110,13 @@ def gold_text(row: dict, values: dict, columns: dict[str, str]) -> str:
     A solution that ends in "†Answer: ..." (VLAA-Thinking) is that answer. HallusionBench's 1 and 0 are Yes and No.
     """
     gold = values.get("answer", "")
-    if isinstance(gold, dict):
+    is_hole = isinstance(gold, float) and math.isnan(gold)
+    if isinstance(gold, dict) or is_hole:
         return ""
+    if isinstance(gold, list) and any(isinstance(entry, str) for entry in gold):
+        raise RowFault(columns["answer"], gold, "it is a list of answers; give one")
+    if isinstance(gold, float) and gold.is_integer():
+        gold = int(gold)  # 3 beside 2.5, or beside a hole, is 3.0 in its column
     text = str(gold)
     if columns["answer"] == "gt_answer" and "gt_answer_details" in row:
         text = {"0": "No", "1": "Yes"}.get(text, text)
@@ -133,7 +147,15 @@ def question_of(row: dict, values: dict, columns: dict[str, str]) -> str:
     """The text of a question. That of MathVerse's "Vision Only" version stands in the picture alone."""
     if row.get("problem_version") == "Vision Only":
         return "Answer the question that the picture asks."
-    return str(values.get("problem", ""))
+    return text_of(values, "problem", columns)
+
+
+def text_of(values: dict, part: str, columns: dict[str, str]) -> str:
+    """The text of a part of a problem, "" where it is missing. RowFault for a list or a dict, such as a whole chat."""
+    value = values.get(part, "")
+    if isinstance(value, list | dict):
+        raise RowFault(columns[part], value, "it is no text; write it as one")
+    return str(value)
 
 
 def with_names(text: str) -> str:
@@ -184,11 +206,20 @@ def options_of(row: dict) -> list[str]:
     return in_order("A to H", of_their_own)
 
 
+def seem_options(name: str, value: object) -> bool:
+    """Whether a column of another name holds options, as in all_choices: ["red", "blue"]."""
+    if re.search("choice|option", name.lower()) is None:
+        return False
+    return isinstance(value, list | dict) or len(split_options(str(value))) > 1
+
+
 def read_options(column: str, value: object) -> list[str]:
-    """The options in one column: a list, {letter: option}, or a text such as "A. 5; B. 6"."""
+    """The options in one column: a list, {letter: option}, or a text such as "A. 5; B. 6". RowFault if one is empty."""
     if isinstance(value, dict):
         return in_order(column, {name: str(option) for name, option in value.items() if option})
     if isinstance(value, list):
+        if any(option is None or not str(option).strip() for option in value):
+            raise RowFault(column, value, "one of its options is empty; write it, or leave the row out")
         return [str(option) for option in value]
     options = split_options(str(value))
     if len(options) < 2:
@@ -206,20 +237,11 @@ def in_order(column: str, options: dict[str, str]) -> list[str]:
 
 def split_options(text: str) -> list[str]:
     """The options of "A. 5; B. 6; C. none", each without its letter; [] unless it begins with A."""
-def seem_options(name: str, value: object) -> bool:
-    """Whether a column of another name holds options, as in all_choices: ["red", "blue"]."""
-    if re.search("choice|option", name.lower()) is None:
-        return False
-    return isinstance(value, list | dict) or len(split_options(str(value))) > 1
-
-
     starts = []
     ends = [0]
     for mark in re.finditer(r"(?:^|[;,\s])\(?([A-Z])[.):：．、]", text):
         if mark.group(1) == letter(len(starts)):  # the letters come in order: a C inside option A opens nothing
             starts.append(mark.start())
-        if any(option is None or not str(option).strip() for option in value):
-            raise RowFault(column, value, "one of its options is empty; write it, or leave the row out")
             ends.append(mark.end())
     if not starts or text[:starts[0]].strip():
         return []
@@ -363,7 +385,13 @@ def open_picture(data: bytes | None, path: str | None, column: str, root: Path |
 
 
 def on_white(picture: Image.Image) -> Image.Image:
-    """A picture in RGB, on white paper: `convert` alone would show what lies below transparent pixels, often black."""
+    """A picture in RGB, upright, on white paper. Raises ValueError for one of 16 bits, which would turn white or black.
+
+    `convert` alone would show what lies below transparent pixels, often black. Cameras say how to turn a photograph.
+    """
+    if picture.mode.startswith(("I", "F")):
+        raise ValueError(f"it has more than 8 bits a colour (mode {picture.mode}); save it with 8")
+    picture = ImageOps.exif_transpose(picture)
     if not picture.has_transparency_data:
         return picture.convert("RGB")
     picture = picture.convert("RGBA")  # trap: transparent pictures

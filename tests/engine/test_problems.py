@@ -229,15 +229,17 @@ def test_paths_without_pictures(tmp_path, monkeypatch):
 
 def test_mmk12(tmp_path):
     columns = {
-        "id": ["m1"],
-        "question": ["<image>Area?"],
-        "answer": ["6 \\text{ cm}^2"],
-        "subject": ["math"],
-        "image": [picture()],
+        "id": ["abb5ab16-df73-44d9-8869-405babf18eeb", "m2"],
+        "question": ["As shown in the figure, $$AB$$ is a diameter. Find the angle.", "Area?\nA. $$1$$\nB.2.3."],
+        "answer": ["$$35^{\\circ}$$", "B"],
+        "subject": ["math", "physics"],
+        "image": [picture(mode="RGBA"), picture()],
     }
     spec = write_parquet(tmp_path / "data" / "test-00000-of-00001.parquet", columns, image=datasets.Image())
-    assert load_problems(spec)[0]["verifier"] == "math"
-    assert load_problems(f"{tmp_path}@test")[0]["id"] == "m1"
+    problems = load_problems(spec)
+    assert column("verifier", problems) == ["math", "mcq"]
+    assert grade(problems[0], "\\boxed{35}") == 1
+    assert load_problems(f"{tmp_path}@test")[1]["id"] == "m2"
 
 
 def write_vlaa(folder, rows, name="VLAA-Thinking-GRPO-25K.json"):
@@ -507,26 +509,26 @@ def test_a_letter_in_the_question_is_no_list_of_options(tmp_path):
     ({"options": {"A": "red", "C": "blue"}}, "options", "called A, C"),
     ({"A": "red", "B": "blue", "D": "green"}, "A to H", "called A, B, D"),
     ({"candidates": ["red", "blue"]}, "candidates", "the prompt would lack"),
-    ({"choices": ["red", "blue"], "answer": "C"}, "answer", "none of the choices"),
-])
     ({"option_1": "red", "option_2": "blue"}, "option_1", "the prompt would lack"),
     ({"all_choices": ["red", "blue"]}, "all_choices", "the prompt would lack"),
     ({"choices_text": "A. red; B. blue"}, "choices_text", "the prompt would lack"),
     ({"choices": ["red", None]}, "choices", "is empty"),
     ({"choices": ["red", " "]}, "choices", "is empty"),
+    ({"choices": ["red", "blue"], "answer": "C"}, "answer", "none of the choices"),
+])
 def test_options_that_would_be_lost_are_an_error(tmp_path, columns, name, why):
     message = fault(write_jsonl(tmp_path, [row(**{"answer": "B", **columns})]))
     assert f"column {name}," in message
     assert why in message
 
 
-def test_numbered_places_are_pictures(tmp_path):
-    images = {"images": ["0.png", "1.png"], "image": None}
 def test_a_column_about_choices_holds_none(tmp_path):
     about = {"correct_choice_idx": 1, "is_multiple_choice": True, "question_type": "multi_choice"}
     assert load_problems(write_jsonl(tmp_path, [row(answer="B", **about)]))[0]["problem"] == "How many?"
 
 
+def test_numbered_places_are_pictures(tmp_path):
+    images = {"images": ["0.png", "1.png"], "image": None}
     spec = write_jsonl(tmp_path, [row(question="Compare <image1> with <image 2>.", **images)])
     assert load_problems(spec)[0]["problem"] == "Compare <image> with <image>."
 
@@ -536,12 +538,12 @@ def test_a_column_about_choices_holds_none(tmp_path):
     ("Compare <image2> and <image1>.", "numbered [2, 1]"),
     ("Look at <image1>. What is in <image1>?", "numbered [1, 1]"),
     ("What is in <Image>?", "<Image> would reach the model"),
-    ("What is in <img src='0.png'>?", "would reach the model"),
-    ("What is in <|image_pad|>?", "<|image_pad|> would reach the model"),
     ("What is in <Image1>?", "<Image1> would reach the model"),
     ("What is in <image_placeholder>?", "<image_placeholder> would reach the model"),
     ("What is in <ImageHere>?", "<ImageHere> would reach the model"),
     ("What is in [image]?", "[image] would reach the model"),
+    ("What is in <img src='0.png'>?", "would reach the model"),
+    ("What is in <|image_pad|>?", "<|image_pad|> would reach the model"),
     ("Count.<|im_end|>", "<|im_end|> would reach the model"),
 ])
 def test_a_place_that_would_reach_the_prompt_as_text_is_an_error(tmp_path, question, why):
@@ -718,6 +720,7 @@ BROKEN = [
     ({"verifier": "iou", "answer": "[1, 2, 300, 400]"}, "answer", "beyond its picture of 8 × 6"),
     ({"verifier": "iou", "answer": "[-3, 0, 4, 4]"}, "answer", "beyond its picture of 8 × 6"),
     ({"verifier": "mcq"}, "answer", "one letter"),
+    ({"verifier": "mcq", "answer": "D", "question": "Pick.\n(A) 1\n(B) 2"}, "answer", "no option of this letter"),
     ({"verifier": "digit", "answer": "2.5"}, "answer", "an integer"),
     ({"verifier": "magic"}, "answer", "'magic'"),
 ]
@@ -759,6 +762,41 @@ def test_trap_broken_problems(tmp_path, change, name, why):
         assert f"'{change[name].strip()}'" in message
 
 
+@pytest.mark.parametrize("change, why", [
+    ({"answer": ["12", "twelve"]}, "a list of answers"),
+    ({"question": [{"role": "user", "content": "How many?"}]}, "it is no text"),
+    ({"trace": ["a", "b"]}, "it is no text"),
+])
+def test_what_is_no_text_never_reaches_a_prompt_or_a_gold_answer(tmp_path, change, why):
+    message = fault(write_jsonl(tmp_path, [row(**change)]))
+    assert f"column {next(iter(change))}," in message
+    assert why in message
+    assert "--skip_bad_rows leaves it out" in message
+
+
+def test_a_hole_in_a_column_of_numbers_is_no_answer(tmp_path):
+    """And it makes floats of the whole numbers beside it."""
+    spec = write_parquet(tmp_path / "data.parquet", {
+        "image": [picture()] * 2, "problem": ["How many?"] * 2, "answer": [3.0, float("nan")],
+    }, image=datasets.Image())
+    assert "row 1 (counted from 0), column answer, value 'nan'" in fault(spec)
+    assert column("answer", load_problems(f"{spec}:1")) == ["3"]
+
+
+def test_a_picture_of_16_bits_would_turn_white(tmp_path):
+    spec = write_jsonl(tmp_path, [row()])
+    picture(8, 6, 30_000, "I;16").save(tmp_path / "0.png")
+    assert "more than 8 bits a colour (mode I;16)" in fault(spec)
+
+
+def test_a_photograph_stands_upright(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # held on its side
+    spec = write_jsonl(tmp_path, [row(image="0.jpg")])
+    picture(40, 30).save(tmp_path / "0.jpg", exif=exif)
+    assert load_problems(spec)[0]["images"][0].size == (30, 40)
+
+
 def test_many_broken_rows_are_counted(tmp_path):
     message = fault(write_jsonl(tmp_path, [row(answer="") for _ in range(30)]))
     assert "row 0 " in message
@@ -784,6 +822,9 @@ def test_a_missing_column_is_named_with_what_it_may_be_called(tmp_path):
     assert "answer or ground_truth or gt_answer or solution or gt" in message
     assert "image, query, label" in message
     assert "no column for images" in fault(write_jsonl(tmp_path, [{"problem": "Q", "answer": "1"}]))
+    by_name = {f"question {number}": row() for number in range(400)}
+    (tmp_path / "dict.json").write_text(json.dumps(by_name))
+    assert "it has question 0, question 1" in fault(f"{tmp_path}/dict.json")
 
 
 def test_more_rows_than_there_are(tmp_path):
