@@ -113,6 +113,8 @@ def gold_text(row: dict, values: dict, columns: dict[str, str]) -> str:
     is_hole = isinstance(gold, float) and math.isnan(gold)
     if isinstance(gold, dict) or is_hole:
         return ""
+    if isinstance(gold, list) and len(gold) == 1:
+        gold = gold[0]
     if isinstance(gold, list) and any(isinstance(entry, str) for entry in gold):
         raise RowFault(columns["answer"], gold, "it is a list of answers; give one")
     if isinstance(gold, float) and gold.is_integer():

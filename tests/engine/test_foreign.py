@@ -65,6 +65,7 @@ def test_a_foreign_file_is_read(tmp_path, name):
         assert not re.search(r"<image[ _]?\d|None|\['", problem["problem"])
         if problem["verifier"] != "open_ended":
             assert grade(problem, f"\\boxed{{{problem['answer']}}}") == 1, problem["id"]
+        assert "†" not in problem["answer"]
         if problem["verifier"] == "mcq":
             letters = re.findall(r"\(([A-E])\)|\b([A-E])[.:]|A-E", problem["problem"])
             assert letters or name in ("MathVerse", "LogicVista")

@@ -678,6 +678,7 @@ def test_verifier_is_inferred_where_its_column_has_a_hole(tmp_path):
 def test_numbers_and_lists_as_answers(tmp_path):
     assert load_problems(write_jsonl(tmp_path, [row(answer=3)]))[0]["answer"] == "3"
     assert load_problems(write_jsonl(tmp_path, [row(answer=[1, 2, 3, 4])]))[0]["verifier"] == "iou"
+    assert load_problems(write_jsonl(tmp_path, [row(answer=["left"])]))[0]["answer"] == "left"
 
 
 # --- traces beside problems -------------------------------------------------------------------------------------------
