@@ -279,7 +279,8 @@ def load_rows(name: str, split: str | None, files: list[Path] | None) -> dataset
         # (StopIteration is what an empty file raises.)
         cause = "" if error.__cause__ is None else error.__cause__
         reason = shorten(f"{type(error).__name__}: {error}; {cause}", 300)
-        raise UserError(f"data set {name}, split {split}, cannot be loaded ({reason}); check name and split, or the "
+        where = name if split is None else f"{name}@{split}"
+        raise UserError(f"data set {where} cannot be loaded ({reason}); check name and split, or the "
                         "file's syntax; without a network give a local file or folder") from error
 
 

@@ -843,7 +843,7 @@ def test_trap_broken_files(tmp_path):
     (tmp_path / "bad.parquet").write_bytes(b"PAR1 no")
     (tmp_path / "void.json").write_text("")
     for name in ("bad.jsonl", "bad.parquet", "void.json"):
-        assert "cannot be loaded" in fault(f"{tmp_path}/{name}")
+        assert f"data set {tmp_path}/{name} cannot be loaded" in fault(f"{tmp_path}/{name}")
     (tmp_path / "data.csv").write_text("image,problem,answer\n")
     assert "give a .json, .jsonl or .parquet file" in fault(f"{tmp_path}/data.csv")
     (tmp_path / "void").mkdir()
