@@ -7,8 +7,8 @@ the question without --instruction, and the final answer without the thought.
     judge(problem, answer)       S, the score of one answer; `common.grade` makes a reward of it
     judge.read(problems, texts)  scores the final answers of many texts in batches; S then only looks them up
 
-The score of a problem's reference answer is kept for the whole run. It is computed by itself, not in a batch, so that
-its last digits do not depend on when it was first asked for: a resumed run gets the same.
+Nothing is kept from one `read` to the next, so that a resumed run gets the same scores. A reference answer is scored by
+itself, not in a batch: its last digits are the same beside any answers.
 """
 
 import contextlib
@@ -105,8 +105,8 @@ def sees_pictures(model: PreTrainedModel) -> bool:
 class RewardModel:
     """A reward model that lives on the CPU and visits `device` only to score. Each process has its own.
 
-    processor: for a model that sees pictures. references: the scores of reference answers, kept. answers: the scores of
-    the texts that were read last.
+    processor: for a model that sees pictures. known: the scores of the answers that were read last, and of their
+    references.
     """
 
     def __init__(
@@ -117,46 +117,43 @@ class RewardModel:
         self.tokenizer = tokenizer
         self.device = device
         self.processor = processor
-        self.references = {}
-        self.answers = {}
+        self.known = {}
 
     def __call__(self, problem: dict, answer: str) -> float:
         """The score S of an answer: looked up, or computed now."""
         key = key_of(problem, answer)
-        for known in (self.references, self.answers):
-            if key in known:
-                return known[key]
+        if key in self.known:
+            return self.known[key]
         with self.on_device():
             return self.scores([(problem, answer)])[0]
 
     def read(self, problems: Sequence[dict], texts: Sequence[str]):
-        """Scores the final answers of these texts to open-ended problems, and their reference answers if they are new.
+        """Scores the final answers of these texts to open-ended problems, and their reference answers.
 
         Equal answers are scored once, and one that is the reference answer to the letter has that one's score.
         """
         asked = {}
-        new = {}
+        references = {}
         for problem, text in zip(problems, texts, strict=True):
             answer = final_answer(text)
             if problem["verifier"] != "open_ended" or answer is None:
                 continue
             gold = unbox(problem["answer"])
-            if key_of(problem, gold) not in self.references:
-                new[key_of(problem, gold)] = (problem, gold)
+            references[key_of(problem, gold)] = (problem, gold)
             asked[key_of(problem, answer)] = (problem, answer)
-        self.answers = {}
+        self.known = {}
         if not asked:
             return
         with self.on_device():
-            for key, pair in tqdm(new.items(), desc="scoring references", delay=5, leave=False):
-                self.references[key] = self.scores([pair])[0]
-            left = [key for key in asked if key not in self.references]
+            for key, pair in tqdm(references.items(), desc="scoring references", delay=5, leave=False):
+                self.known[key] = self.scores([pair])[0]
+            left = [key for key in asked if key not in references]
             left.sort(key=lambda key: (len(key[-1]), key))  # alike in length: little padding, whatever the order was
             for start in tqdm(range(0, len(left), self.batch), desc="scoring", delay=5, leave=False):
                 keys = left[start:start + self.batch]
                 scored = self.scores([asked[key] for key in keys])
                 for key, score in zip(keys, scored, strict=True):
-                    self.answers[key] = score
+                    self.known[key] = score
 
     @property
     def batch(self) -> int:
@@ -210,5 +207,5 @@ class RewardModel:
 
 
 def key_of(problem: dict, answer: str) -> tuple:
-    """What a score belongs to. Ids of two data sets may be equal, so the question belongs to it too."""
-    return problem["id"], problem["problem"], answer
+    """What a score belongs to among the answers of one `read`, whose problems have ids of their own."""
+    return problem["id"], answer

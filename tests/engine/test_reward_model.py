@@ -9,7 +9,6 @@ import common
 from common import UserError, forced, grade, is_right, load_judge
 from harness.flags import of_the_world
 from harness.reward_model import Qwen2_5_VLForSequenceClassification
-from lab import report
 from tabletop import models
 
 import pytest
@@ -28,9 +27,9 @@ def free(id="q", answer="gold"):
     return dict(id=id, problem="Describe it.", answer=answer, verifier="open_ended", images=[picture(56, 56)])
 
 
-def reward(gap):
+def reward(gap, reference=2.0):
     """The reward of an answer that scores `gap` above the reference."""
-    scores = {"gold": 2.0, "ours": 2.0 + gap}
+    scores = {"gold": reference, "ours": reference + gap}
     return grade(free(), "\\boxed{ours}", lambda problem, answer: scores[answer])
 
 
@@ -38,8 +37,8 @@ def test_the_reward_rises_with_the_score_and_stays_below_one():
     gaps = [1e-9, 1e-4, 0.1, 0.5, 1.0, 3.0, 10.0]
     rewards = [reward(gap) for gap in gaps]
     assert all(low < high for low, high in itertools.pairwise(rewards))
-    assert rewards[0] > 0
-    assert rewards[3] == pytest.approx(1 - math.exp(-0.5))
+    assert rewards == pytest.approx([1 - math.exp(-gap) for gap in gaps], rel=1e-5)
+    assert reward(1e-20, reference=0.0) == 1e-20  # 1 − exp(−1e-20) would be 0
     for gap in (10.0, 40.0, 1e4, 1e30):
         assert rewards[-1] <= reward(gap) < 1
         assert torch.tensor(reward(gap)) < 1  # in fp32 too
@@ -144,7 +143,7 @@ def test_the_reference_to_the_letter_earns_nothing(judge):
 
 
 def test_a_rollout_is_scored_by_a_judge(judge, policy, processor):
-    """Rewards as by hand; equal answers are read once, references once in a run, other verifiers never."""
+    """Rewards as by hand; equal answers and references are read once, other verifiers never."""
     rollout = forced(policy, processor, [free("a"), free("b") | dict(verifier="math", answer="2")],
                      texts_of(["two red stars", "why", "2", "3"]))
     rollout.group_B = torch.tensor([0, 0, 1, 1])
@@ -158,13 +157,21 @@ def test_a_rollout_is_scored_by_a_judge(judge, policy, processor):
     judge.scores = counted
     rewards_PG = rollout.score(grade, judge)
     assert sorted(read) == ["gold", "two red stars", "why"]
-    rollout.score(is_right, judge)
-    assert sorted(read) == ["gold", "two red stars", "two red stars", "why", "why"]
     judge.scores = score
     ahead = [alone(judge, free("a"), answer) - alone(judge, free("a"), "gold") for answer in ("two red stars", "why")]
     by_hand = [1 - math.exp(-max(gap, 0.0)) for gap in ahead]
     assert rewards_PG[0].tolist() == pytest.approx(by_hand, abs=1e-5)
     assert rewards_PG[1].tolist() == [1.0, 0.0]
+
+
+def test_what_was_read_before_changes_no_score(judge):
+    """Not even where a held-out problem has the id, the question and the reference answer of a training problem."""
+    seen = free() | dict(images=[picture(56, 56, 1)])
+    held_out = free() | dict(images=[picture(56, 84, 2)])
+    judge.read([seen], texts_of(["why"]))
+    judge.read([held_out], texts_of(["why"]))
+    assert [judge(held_out, answer) for answer in ("gold", "why")] == [
+        alone(judge, held_out, answer) for answer in ("gold", "why")]
 
 
 def test_only_a_model_of_pictures_sees_the_picture(folders):
@@ -241,9 +248,8 @@ def test_what_is_no_reward_model_is_a_users_error(folder, tmp_path, folders):
 # --- in a script ------------------------------------------------------------------------------------------------------
 
 
-def test_an_evaluation_with_a_reward_model(folder, folders, tmp_path, monkeypatch):
+def test_an_evaluation_with_a_reward_model(folder, folders, tmp_path):
     """Answers that another judge has graded are not taken for graded by this one."""
-    monkeypatch.setattr(report, "pass_at_k", lambda results, path: None)
     picture(56, 56).save(tmp_path / "0.png")
     row = dict(image="0.png", problem="Describe it.", answer="a dog", verifier="open_ended")
     data = tmp_path / "data.jsonl"
