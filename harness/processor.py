@@ -24,13 +24,16 @@ class Processor(Qwen2_5_VLProcessor):
 
 
 @contextlib.contextmanager
-def loading(name: str) -> Iterator[None]:
-    """Makes one line, a UserError, of whatever transformers says when it cannot load the model `name`."""
+def loading(name: str, what: str = "model", also: tuple[type[Exception], ...] = ()) -> Iterator[None]:
+    """Makes one line, a UserError, of whatever transformers says when it cannot load the model `name`.
+
+    also: further errors that are taken for its words.
+    """
     try:
         yield
-    except (OSError, ValueError, SafetensorError) as error:
-        reason = " ".join(str(error).split())[:120]
-        raise UserError(f"model {name} is no folder or name of a model that can be loaded: {reason}") from None
+    except (OSError, ValueError, SafetensorError, *also) as error:
+        reason = " ".join(str(error).split())[:120] or type(error).__name__
+        raise UserError(f"{what} {name} is no folder or name of a model that can be loaded: {reason}") from None
 
 
 def make_processor(folder: str, args: Namespace | None) -> Processor:

@@ -121,10 +121,13 @@ def check_problems(
     if args.prompts_per_step > len(problems):
         raise UserError(f"--prompts_per_step {args.prompts_per_step}: {args.dataset} has {len(problems)} problems")
     lengths = check.lengths + other.lengths
-    counts = ", ".join(f"{count} {kind}" for kind, count in (check.kinds + other.kinds).items())
+    kinds = check.kinds + other.kinds
+    counts = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
     run.say(f"{len(problems)} problems to train on, {len(held_out)} held out ({counts}); prompts of {min(lengths)} to "
             f"{max(lengths)} tokens; {check.scaled + other.scaled} pictures scaled down, "
             f"{check.enlarged + other.enlarged} enlarged")
+    if args.reward_model != "none" and "open_ended" not in kinds:
+        run.say(f"--reward_model {args.reward_model} scores nothing here: no problem is open_ended")
     list_skipped(run)
     return problems, held_out
 

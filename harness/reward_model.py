@@ -13,21 +13,23 @@ itself, not in a batch: its last digits are the same beside any answers.
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from pickle import UnpicklingError
 
 from harness.answers import final_answer, unbox
 from harness.flags import UserError
-from harness.processor import make_processor
+from harness.processor import loading, make_processor
 from harness.prompts import content_of
 from harness.run import Run
 
 import torch
-from safetensors import SafetensorError
+from huggingface_hub.errors import StrictDataclassError
 from tqdm import tqdm
 from transformers import (
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
     AutoConfig,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     ProcessorMixin,
@@ -38,6 +40,9 @@ from transformers.modeling_layers import GenericForSequenceClassification
 # What weights are called in checkpoints that keep the names of the hub's Qwen2.5-VL, and what they are called here.
 HUB_NAMES = {"^visual": "model.visual", r"^model(?!\.(?:language_model|visual))": "model.language_model"}
 BATCH = 16  # answers that are scored together
+# What transformers raises where a file of a model is cut short, or something else than it should be.
+BROKEN_FILE = (EOFError, KeyError, RuntimeError, UnpicklingError, StrictDataclassError)
+ANY_WORDS = "How many dogs are in picture 1?"  # of which every tokenizer knows a part
 
 
 class Qwen2_5_VLForSequenceClassification(GenericForSequenceClassification, Qwen2_5_VLPreTrainedModel):
@@ -51,31 +56,65 @@ class Qwen2_5_VLForSequenceClassification(GenericForSequenceClassification, Qwen
 def load(name: str, folder: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The reward model in a folder (or of that name on the hub), on the CPU, and its tokenizer.
 
-    UserError unless it is a sequence classifier with one label and all its weights are there.
+    UserError unless it is a sequence classifier with one label, and all its weights and its tokenizer are there. Code
+    that a checkpoint brings is not run.
     """
-    try:
-        config = AutoConfig.from_pretrained(folder)
+    with loading(name, "--reward_model", also=BROKEN_FILE):
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         kind = class_of(config)
-        if kind is None:
-            raise UserError(f"--reward_model {name} is a {config.model_type}, of which transformers has no sequence "
-                            "classifier; name another")
-        if config.num_labels != 1:
-            raise UserError(f"--reward_model {name} has {config.num_labels} labels; a reward model has one")
+        check_kind(name, config, kind)
         names = HUB_NAMES if kind is Qwen2_5_VLForSequenceClassification else None
-        model, report = kind.from_pretrained(folder, key_mapping=names, output_loading_info=True)
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, SafetensorError) as error:
-        reason = " ".join(str(error).split())[:120]
-        raise UserError(f"--reward_model {name} is no folder or name of a model that can be loaded: {reason}") from None
-    wrong = sorted(str(key) for key in [*report["missing_keys"], *report["mismatched_keys"]])
+        model, report = kind.from_pretrained(
+            folder, config=config, key_mapping=names, output_loading_info=True, ignore_mismatched_sizes=True)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    wrong = sorted([*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])])
     if wrong:  # a score head that was never trained would be drawn at random
         raise UserError(f"--reward_model {name}: {len(wrong)} weights are missing or do not fit, {wrong[0]} for one; "
                         "name a model that was trained to score")
+    check_tokenizer(name, model, tokenizer)
     tokenizer.padding_side = "right"  # what stands behind a token cannot change its state, what stands before can
-    text_config = model.config.get_text_config()
-    if text_config.pad_token_id is None:
-        text_config.pad_token_id = tokenizer.pad_token_id  # by it a classifier knows its last token
+    if tokenizer.pad_token_id is not None:  # by it a classifier knows its last token, whatever its config says
+        model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     return model.eval().requires_grad_(False), tokenizer
+
+
+def check_kind(name: str, config: PreTrainedConfig, kind: type | None):
+    """UserError unless a config is that of a sequence classifier with one label."""
+    if kind is None:
+        raise UserError(f"--reward_model {name} is a {config.model_type}, of which transformers has no sequence "
+                        "classifier; name another")
+    if config.num_labels != 1:
+        made = f" (its config.json says {config.architectures[0]})" if config.architectures else ""
+        raise UserError(f"--reward_model {name} has {config.num_labels} labels{made}; a reward model has one")
+
+
+def check_tokenizer(name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase):
+    """UserError for a tokenizer that does not fit the model. Where its files lack, transformers makes an empty one."""
+    known = set(tokenizer(ANY_WORDS, add_special_tokens=False).input_ids) - set(tokenizer.all_special_ids)
+    if not known:
+        raise UserError(f"--reward_model {name} has a tokenizer that knows no words; put the files of its tokenizer "
+                        "beside its weights")
+    most = model.get_input_embeddings().num_embeddings
+    if len(tokenizer) > most:
+        raise UserError(f"--reward_model {name} has a tokenizer of {len(tokenizer)} tokens and weights for {most}; put "
+                        "the model's own tokenizer beside its weights")
+    if sees_pictures(model) and tokenizer.chat_template is None:
+        raise UserError(f"--reward_model {name} has no chat template, which says where a picture stands; put the "
+                        "model's own beside its weights")
+
+
+def context_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
+    """How many tokens a model reads at most: what its tokenizer says, or its config, or its table of positions."""
+    config = model.config.get_text_config()
+    if not hasattr(config, "max_position_embeddings"):  # some kinds of model have no such limit
+        return tokenizer.model_max_length
+    limit = config.max_position_embeddings
+    for module in model.modules():
+        is_table = isinstance(module, torch.nn.Embedding) and module is not model.get_input_embeddings()
+        if is_table and module.num_embeddings == limit and module.padding_idx is not None:
+            limit -= module.padding_idx + 1  # RoBERTa counts positions from behind the padding's
+            break
+    return min(limit, tokenizer.model_max_length)
 
 
 def judge(name: str, folder: str, run: Run | None) -> "RewardModel":
@@ -83,12 +122,13 @@ def judge(name: str, folder: str, run: Run | None) -> "RewardModel":
     model, tokenizer = load(name, folder)
     processor = None
     if sees_pictures(model):
-        processor = make_processor(folder, run.args if run else None)
+        with loading(name, "--reward_model"):
+            processor = make_processor(folder, run.args if run else None)
         processor.tokenizer = tokenizer  # it pads on the right
     return RewardModel(model, tokenizer, run.device if run else torch.device("cpu"), processor)
 
 
-def class_of(config: object) -> type | None:
+def class_of(config: PreTrainedConfig) -> type | None:
     """What loads a checkpoint with this config as a sequence classifier; None where nothing does."""
     if config.model_type == "qwen2_5_vl":
         return Qwen2_5_VLForSequenceClassification
@@ -105,8 +145,8 @@ def sees_pictures(model: PreTrainedModel) -> bool:
 class RewardModel:
     """A reward model that lives on the CPU and visits `device` only to score. Each process has its own.
 
-    processor: for a model that sees pictures. known: the scores of the answers that were read last, and of their
-    references.
+    processor: for a model that sees pictures. context: how many tokens the model reads at most. known: the scores of
+    the answers that were read last, and of their references.
     """
 
     def __init__(
@@ -117,6 +157,7 @@ class RewardModel:
         self.tokenizer = tokenizer
         self.device = device
         self.processor = processor
+        self.context = context_of(model, tokenizer)
         self.known = {}
 
     def __call__(self, problem: dict, answer: str) -> float:
@@ -173,11 +214,12 @@ class RewardModel:
     def scores(self, pairs: Sequence[tuple[dict, str]]) -> list[float]:
         """The scores of (problem, answer) pairs in one forward pass, padded on the right."""
         inputs = self.inputs_of(pairs)
-        longest = inputs["input_ids"].shape[1]
-        if longest > self.tokenizer.model_max_length:
-            raise UserError(f"problem {pairs[-1][0]['id']}: with an answer it has up to {longest} tokens, over the "
-                            f"reward model's {self.tokenizer.model_max_length}; lower --max_completion_length, or "
-                            "name another --reward_model")
+        longest = int(inputs["attention_mask"].sum(1).argmax())
+        length = int(inputs["attention_mask"][longest].sum())
+        if length > self.context:
+            raise UserError(f"problem {pairs[longest][0]['id']} has {length} tokens with an answer, over the "
+                            f"{self.context} that the reward model reads; lower --max_completion_length, or name "
+                            "another --reward_model")
         inputs = {name: value.to(self.device) for name, value in inputs.items()}
         scores = self.model(**inputs).logits[:, 0].float()
         if not scores.isfinite().all():

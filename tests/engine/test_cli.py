@@ -90,6 +90,13 @@ def test_an_open_ended_problem_without_a_judge(refused, folder, data):
     assert "graded by a judge" in refused("--model", folder, "--dataset", path, "--eval_dataset", "none")
 
 
+@pytest.mark.parametrize("script", ["grpo", "eval_passk"])
+def test_a_reward_model_that_is_none(refused, folder, data, script):
+    path = data(GOOD, GOOD | dict(verifier="open_ended", answer="a red car"))
+    line = refused("--model", folder, "--dataset", path, "--reward_model", folder, script=script)
+    assert f"--reward_model {folder} has 2 labels" in line
+
+
 @pytest.mark.parametrize("names", ["none", "toy@test:2,none"])
 def test_nothing_to_measure_is_no_table_of_nothing(refused, folder, names):
     line = refused("--model", folder, "--dataset", names, script="eval_passk")

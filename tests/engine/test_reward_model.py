@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import random
+import shutil
 
 import common
 from common import UserError, forced, grade, is_right, load_judge
@@ -15,7 +16,18 @@ import pytest
 import torch
 from conftest import picture
 from drive import measure
-from transformers import AutoModelForSequenceClassification, BertConfig, Qwen2Config
+from tokenizers import Tokenizer
+from tokenizers.models import WordPiece
+from tokenizers.pre_tokenizers import Whitespace
+from tokenizers.processors import TemplateProcessing
+from tokenizers.trainers import WordPieceTrainer
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    BertConfig,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+)
 
 KINDS = ("qwen2", "bert", "qwen2_5_vl")
 ANSWERS = ["a", "two red stars", "nothing " * 12 + "else", "red star", "a small dog, I think; no: two", "why"]
@@ -145,8 +157,8 @@ def test_the_reference_to_the_letter_earns_nothing(judge):
 def test_a_rollout_is_scored_by_a_judge(judge, policy, processor):
     """Rewards as by hand; equal answers and references are read once, other verifiers never."""
     rollout = forced(policy, processor, [free("a"), free("b") | dict(verifier="math", answer="2")],
-                     texts_of(["two red stars", "why", "2", "3"]))
-    rollout.group_B = torch.tensor([0, 0, 1, 1])
+                     texts_of(["two red stars", "why", "gold", "2", "3", "3"]))
+    rollout.group_B = torch.tensor([0, 0, 0, 1, 1, 1])
     read = []
     score = judge.scores
 
@@ -160,8 +172,8 @@ def test_a_rollout_is_scored_by_a_judge(judge, policy, processor):
     judge.scores = score
     ahead = [alone(judge, free("a"), answer) - alone(judge, free("a"), "gold") for answer in ("two red stars", "why")]
     by_hand = [1 - math.exp(-max(gap, 0.0)) for gap in ahead]
-    assert rewards_PG[0].tolist() == pytest.approx(by_hand, abs=1e-5)
-    assert rewards_PG[1].tolist() == [1.0, 0.0]
+    assert rewards_PG[0].tolist() == pytest.approx([*by_hand, 0.0], abs=1e-5)
+    assert rewards_PG[1].tolist() == [1.0, 0.0, 0.0]
 
 
 def test_what_was_read_before_changes_no_score(judge):
@@ -236,13 +248,116 @@ def test_what_is_no_reward_model_is_a_users_error(folder, tmp_path, folders):
         (other / "config.json").write_text('{"model_type": "clip_vision_model"}')
         load_judge(str(other))
     judge = load_judge(folders["bert"])
-    judge.tokenizer.model_max_length = 10
-    with pytest.raises(UserError, match="problem q: .* tokens, over the reward model's 10"):
-        judge(free(), "many " * 20)
+    with pytest.raises(UserError, match="problem q has .* tokens with an answer, over the 512"):
+        judge(free(), "many " * 600)
     judge.model.classifier.bias.data.fill_(float("nan"))
-    judge.tokenizer.model_max_length = 1000
     with pytest.raises(UserError, match="an answer to problem q is not finite"):
         judge(free(), "why")
+
+
+def words(**settings):
+    """A tokenizer of a few words, as BERT has one, trained on the spot."""
+    tokenizer = Tokenizer(WordPiece(unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = Whitespace()
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
+    text = f"Describe it. many dogs are in picture 1 {' '.join(ANSWERS)}"
+    tokenizer.train_from_iterator([text], WordPieceTrainer(special_tokens=special))
+    tokenizer.post_processor = TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]", pad_token="[PAD]", cls_token="[CLS]",
+                                   sep_token="[SEP]", **settings)
+
+
+def classifier(place, kind, tokenizer, dtype=torch.float32, **changes):
+    """An untrained classifier of text of this kind, with its tokenizer."""
+    sizes = dict(vocab_size=512, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+                 num_key_value_heads=2, initializer_range=0.3, num_labels=1)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        model = AutoModelForSequenceClassification.from_config(AutoConfig.for_model(kind, **sizes | changes))
+    model.to(dtype).save_pretrained(place)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(place)
+    return str(place)
+
+
+@pytest.mark.parametrize("kind, changes", [
+    ("bert", {}),
+    ("qwen2", dict(pad_token_id=9)),  # its tokenizer pads with 0
+    ("qwen2", dict(dtype=torch.bfloat16)),
+    ("bert", dict(dtype=torch.float16)),
+    ("qwen2", dict(dtype=torch.float16)),
+], ids=str)
+def test_classifiers_of_other_makers_are_served(tmp_path, kind, changes):
+    """With a tokenizer of another family, another padding, in half precision: the same scores alone and in a batch."""
+    judge = load_judge(classifier(tmp_path, kind, words(), **changes))
+    dtype = changes.get("dtype", torch.float32)
+    assert next(judge.model.parameters()).dtype == dtype
+    together = judge.scores([(free(), answer) for answer in ANSWERS])
+    rounding = 1e-5 if dtype == torch.float32 else 0.05
+    assert together == pytest.approx([alone(judge, free(), answer) for answer in ANSWERS], abs=rounding)
+    assert max(together) - min(together) > 0.1
+
+
+@pytest.mark.parametrize("kind, changes, most", [
+    ("bert", dict(max_position_embeddings=64), 64),
+    ("roberta", dict(max_position_embeddings=66, pad_token_id=1, type_vocab_size=2), 64),
+    ("gpt2", dict(n_positions=64, n_embd=32, n_layer=1, n_head=2), 64),
+    ("qwen2", dict(max_position_embeddings=64), 64),
+    ("bert", dict(model_max_length=40), 40),
+])
+def test_what_a_model_cannot_read_is_a_users_error(tmp_path, kind, changes, most):
+    """The longest that it reads is served, a word more is refused, whoever knows the limit."""
+    model_max_length = changes.pop("model_max_length", None)
+    settings = {} if model_max_length is None else dict(model_max_length=model_max_length)
+    judge = load_judge(classifier(tmp_path, kind, words(**settings), **changes))
+    assert judge.context == most
+    lengths = [judge.inputs_of([(free(), "why " * number)])["input_ids"].shape[1] for number in range(most)]
+    number = sum(length <= most for length in lengths) - 1
+    assert math.isfinite(alone(judge, free(), "why " * number))
+    pairs = [(free("short"), "why"), (free("long"), "why " * (number + 1)), (free("other"), "a")]
+    with pytest.raises(UserError, match=f"problem long has {lengths[number + 1]} tokens with .*, over the {most} that"):
+        judge.scores(pairs)
+
+
+def test_a_tokenizer_that_does_not_fit_is_a_users_error(tmp_path, folders):
+    """Where its files lack, transformers makes an empty tokenizer, and every answer would get the same score."""
+    for kind in ("bert", "qwen2"):
+        with pytest.raises(UserError, match="has a tokenizer that knows no words"):
+            load_judge(classifier(tmp_path / kind, kind, None))
+    with pytest.raises(UserError, match="has a tokenizer of .* tokens and weights for 20"):
+        load_judge(classifier(tmp_path / "small", "qwen2", words(), vocab_size=20))
+    broken = tmp_path / "bert"
+    (broken / "tokenizer.json").write_text("{}")
+    with pytest.raises(UserError, match="that can be loaded"):
+        load_judge(str(broken))
+    for lacks, says in (("chat_template.jinja", "has no chat template"), ("preprocessor_config.json", "can be loaded")):
+        place = tmp_path / lacks
+        shutil.copytree(folders["qwen2_5_vl"], place)
+        (place / lacks).unlink()
+        with pytest.raises(UserError, match=says):
+            load_judge(str(place))
+
+
+def test_broken_files_are_a_users_error(tmp_path, monkeypatch):
+    place = classifier(tmp_path / "model", "qwen2", words())
+    config = json.loads((tmp_path / "model/config.json").read_text())
+
+    def refused(says, **changes):
+        (tmp_path / "model/config.json").write_text(json.dumps(config | changes))
+        with pytest.raises(UserError, match=says):
+            load_judge(place)
+
+    refused("weights are missing or do not fit, model.embed_tokens.weight for one", hidden_size=64)
+    refused("can be loaded: Validation error", hidden_size="wide")
+    refused("has 2 labels .its config.json says Qwen2ForCausalLM", architectures=["Qwen2ForCausalLM"],
+            id2label={"0": "a", "1": "b"})
+    monkeypatch.setattr("builtins.input", lambda question: pytest.fail("whoever started a run is not there to be asked"))
+    refused("custom code", model_type="others", auto_map={"AutoConfig": "others.Config"})
+    (tmp_path / "model/model.safetensors").unlink()
+    for content in (b"", b"PK not a zip", b"version https://git-lfs.github.com/spec/v1\n"):
+        (tmp_path / "model/pytorch_model.bin").write_bytes(content)
+        refused("can be loaded")
 
 
 # --- in a script ------------------------------------------------------------------------------------------------------
