@@ -5,8 +5,11 @@ LOGITS=16384 makes small chunks of the head's positions.
 TERM_AT=3 has the last process signalled to end there (SIGNAL=USR1: by SIGUSR1), and its launcher too.
 NODES=2 makes the processes believe that they are spread over two nodes.
 KILL_AT=3 ends the process with SIGKILL once the line of step 3 is written; KILL_AT=checkpoint while a checkpoint is.
+JUDGED=1 leaves the script its own reward, for which a whole text is an answer: then an untrained model gives answers
+that a reward model can score. Every accuracy is written down.
 """
 
+import contextlib
 import importlib
 import importlib.util
 import json
@@ -16,8 +19,10 @@ import sys
 from unittest import mock
 
 import common
+import harness.reward_model
 import harness.run
 from harness.flags import ALL_TABLES, launch
+from harness.rollout import Rollout
 from harness.run import write_atomically
 from lab import report
 
@@ -29,9 +34,19 @@ def even_length(problem, text, judge=None):
     return float(len(text) % 2 == 0)
 
 
+def whole_text(text):
+    """Plays final_answer."""
+    return text.strip() or None
+
+
 def no_page(folder, pictures=None):
     """Plays lab.report.finish, whose pictures take seconds."""
     return "no page"
+
+
+def no_pictures(results, groups, folder):
+    """Plays lab.report.measured, likewise."""
+    return []
 
 
 def die(*args, **kwargs):
@@ -103,6 +118,21 @@ class Watch:
 
         return watched
 
+    def grades(self, score):
+        """Rollout.score, which then writes down what the answers of a step earn."""
+
+        def watched(rollout, fn, judge=None):
+            scores_PG = score(rollout, fn, judge)
+            if hasattr(self.run, "step") and fn is self.script.grade:
+                ours = [(problem["id"], text, reward) for problem, text, reward in zip(
+                    rollout.problems, rollout.texts, scores_PG.flatten().tolist(), strict=True)]
+                everyones = [row for rows in self.run.gather(ours) for row in rows]
+                if self.run.is_main:
+                    write_atomically(self.run.path(f"grades-{self.run.step}.json"), json.dumps(sorted(everyones)))
+            return scores_PG
+
+        return watched
+
 
 def load_script(name):
     """A script by its name, or a fork by its path."""
@@ -126,19 +156,28 @@ def go(name, *argv, page=False):
         stand_ins["sample"] = watch.answers(common.sample)
     if "forced" in vars(script):
         stand_ins["forced"] = watch.answers(common.forced)
+    judged = "JUDGED" in os.environ
+    if judged:
+        del stand_ins["grade"], stand_ins["is_right"]
     ours = {key: value for key, value in stand_ins.items() if key in vars(script)}
     finish = report.finish if page else no_page
-    with mock.patch.multiple(script, **ours), mock.patch.object(report, "finish", finish):
+    with contextlib.ExitStack() as patches:
+        patches.enter_context(mock.patch.multiple(script, **ours))
+        patches.enter_context(mock.patch.object(report, "finish", finish))
+        if judged:
+            patches.enter_context(mock.patch.object(common, "final_answer", whole_text))
+            patches.enter_context(mock.patch.object(harness.reward_model, "final_answer", whole_text))
+            patches.enter_context(mock.patch.object(Rollout, "score", watch.grades(Rollout.score)))
         launch(
             script.__name__, script.main, script.flags, doc=script.__doc__, recipe=script.RECIPE, toy=script.TOY,
             argv=[str(word) for word in argv], tables=vars(script).get("TABLES", ALL_TABLES))
 
 
 def measure(*argv, page=False):
-    """eval_passk.py in this process, which draws its picture or none."""
+    """eval_passk.py in this process, which draws its pictures or none."""
     script = importlib.import_module("eval_passk")
-    draw = report.pass_at_k if page else no_page
-    with mock.patch.object(report, "pass_at_k", draw):
+    draw = report.measured if page else no_pictures
+    with mock.patch.object(report, "measured", draw):
         launch(
             "eval_passk", script.main, script.flags, doc=script.__doc__, recipe=script.RECIPE, toy=script.TOY,
             argv=[str(word) for word in argv], tables=script.TABLES)
