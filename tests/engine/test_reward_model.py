@@ -352,7 +352,7 @@ def test_broken_files_are_a_users_error(tmp_path, monkeypatch):
     refused("can be loaded: Validation error", hidden_size="wide")
     refused("has 2 labels .its config.json says Qwen2ForCausalLM", architectures=["Qwen2ForCausalLM"],
             id2label={"0": "a", "1": "b"})
-    monkeypatch.setattr("builtins.input", lambda question: pytest.fail("whoever started a run is not there to be asked"))
+    monkeypatch.setattr("builtins.input", lambda question: pytest.fail("nobody is there to be asked"))
     refused("custom code", model_type="others", auto_map={"AutoConfig": "others.Config"})
     (tmp_path / "model/model.safetensors").unlink()
     for content in (b"", b"PK not a zip", b"version https://git-lfs.github.com/spec/v1\n"):
