@@ -7,11 +7,13 @@ the question without --instruction, and the final answer without the thought.
     judge(problem, answer)       S, the score of one answer; `common.grade` makes a reward of it
     judge.read(problems, texts)  scores the final answers of many texts in batches; S then only looks them up
 
-Nothing is kept from one `read` to the next, so that a resumed run gets the same scores. A reference answer is scored by
-itself, not in a batch: its last digits are the same beside any answers.
+The score of a reference answer is kept for the whole run, by its question, words and pictures: another data set may use
+the same ids. It is computed by itself, not in a batch: its last digits are the same beside any answers, and in a
+resumed run.
 """
 
 import contextlib
+import hashlib
 from collections.abc import Iterator, Sequence
 from pickle import UnpicklingError
 
@@ -145,8 +147,8 @@ def sees_pictures(model: PreTrainedModel) -> bool:
 class RewardModel:
     """A reward model that lives on the CPU and visits `device` only to score. Each process has its own.
 
-    processor: for a model that sees pictures. context: how many tokens the model reads at most. known: the scores of
-    the answers that were read last, and of their references.
+    processor: for a model that sees pictures. context: how many tokens the model reads at most. references: the
+    scores of reference answers, kept. known: those of the answers that were read last, and of their references.
     """
 
     def __init__(
@@ -158,6 +160,7 @@ class RewardModel:
         self.device = device
         self.processor = processor
         self.context = context_of(model, tokenizer)
+        self.references = {}
         self.known = {}
 
     def __call__(self, problem: dict, answer: str) -> float:
@@ -169,7 +172,7 @@ class RewardModel:
             return self.scores([(problem, answer)])[0]
 
     def read(self, problems: Sequence[dict], texts: Sequence[str]):
-        """Scores the final answers of these texts to open-ended problems, and their reference answers.
+        """Scores the final answers of these texts to open-ended problems, and their reference answers if they are new.
 
         Equal answers are scored once, and one that is the reference answer to the letter has that one's score.
         """
@@ -186,8 +189,11 @@ class RewardModel:
         if not asked:
             return
         with self.on_device():
-            for key, pair in tqdm(references.items(), desc="scoring references", delay=5, leave=False):
-                self.known[key] = self.scores([pair])[0]
+            for key, (problem, gold) in tqdm(references.items(), desc="scoring references", delay=5, leave=False):
+                kept = lasting_key(problem)
+                if kept not in self.references:
+                    self.references[kept] = self.scores([(problem, gold)])[0]
+                self.known[key] = self.references[kept]
             left = [key for key in asked if key not in references]
             left.sort(key=lambda key: (len(key[-1]), key))  # alike in length: little padding, whatever the order was
             for start in tqdm(range(0, len(left), self.batch), desc="scoring", delay=5, leave=False):
@@ -251,3 +257,9 @@ class RewardModel:
 def key_of(problem: dict, answer: str) -> tuple:
     """What a score belongs to among the answers of one `read`, whose problems have ids of their own."""
     return problem["id"], answer
+
+
+def lasting_key(problem: dict) -> tuple:
+    """What the score of a reference answer belongs to in a whole run."""
+    pictures = [(picture.size, hashlib.sha256(picture.tobytes()).digest()) for picture in problem["images"]]
+    return problem["problem"], problem["answer"], *pictures

@@ -155,7 +155,7 @@ def test_the_reference_to_the_letter_earns_nothing(judge):
 
 
 def test_a_rollout_is_scored_by_a_judge(judge, policy, processor):
-    """Rewards as by hand; equal answers and references are read once, other verifiers never."""
+    """Rewards as by hand; equal answers are read once, references once in a run, other verifiers never."""
     rollout = forced(policy, processor, [free("a"), free("b") | dict(verifier="math", answer="2")],
                      texts_of(["two red stars", "why", "gold", "2", "3", "3"]))
     rollout.group_B = torch.tensor([0, 0, 0, 1, 1, 1])
@@ -169,6 +169,8 @@ def test_a_rollout_is_scored_by_a_judge(judge, policy, processor):
     judge.scores = counted
     rewards_PG = rollout.score(grade, judge)
     assert sorted(read) == ["gold", "two red stars", "why"]
+    rollout.score(is_right, judge)
+    assert sorted(read) == ["gold", "two red stars", "two red stars", "why", "why"]
     judge.scores = score
     ahead = [alone(judge, free("a"), answer) - alone(judge, free("a"), "gold") for answer in ("two red stars", "why")]
     by_hand = [1 - math.exp(-max(gap, 0.0)) for gap in ahead]
