@@ -41,7 +41,7 @@ from harness.cache import block_cache, wave_size, waves
 from harness.disk import room_for, written_beside
 from harness.flags import UserError, is_toy, of_the_world
 from harness.memory import LOGITS
-from harness.processor import Processor, loading, make_processor
+from harness.processor import Processor, check_tokenizer, loading, make_processor
 from harness.prompts import chat
 from harness.reward_model import RewardModel
 from harness.rollout import Prompts, Rollout, name_of
@@ -160,6 +160,7 @@ def load_policy(
         if config.model_type != "qwen2_5_vl":
             raise UserError(f"model {name} is a {config.model_type}; only Qwen2.5-VL (qwen2_5_vl) is read here")
         processor = make_processor(folder, args)
+        check_tokenizer(f"model {name}", processor.tokenizer, rows=config.get_text_config().vocab_size)
         own_dtype = config.dtype or torch.float32
         dtype = own_dtype
         if train:

@@ -6,8 +6,11 @@ from collections.abc import Iterator
 
 from harness.flags import INSTRUCTION, UserError, of_the_world
 
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from transformers import AutoImageProcessor, AutoTokenizer, Qwen2_5_VLProcessor
+from transformers import AutoImageProcessor, AutoTokenizer, PreTrainedTokenizerBase, Qwen2_5_VLProcessor
+
+ANY_WORDS = "How many dogs are in picture 1?"  # of which every tokenizer knows a part
 
 
 class Processor(Qwen2_5_VLProcessor):
@@ -31,7 +34,7 @@ def loading(name: str, what: str = "model", also: tuple[type[Exception], ...] = 
     """
     try:
         yield
-    except (OSError, ValueError, SafetensorError, *also) as error:
+    except (OSError, ValueError, SafetensorError, StrictDataclassError, *also) as error:
         reason = " ".join(str(error).split())[:120] or type(error).__name__
         raise UserError(f"{what} {name} is no folder or name of a model that can be loaded: {reason}") from None
 
@@ -46,3 +49,19 @@ def make_processor(folder: str, args: Namespace | None) -> Processor:
     processor.system_prompt = args.system_prompt
     processor.instruction = args.instruction
     return processor
+
+
+def check_tokenizer(model: str, tokenizer: PreTrainedTokenizerBase, rows: int, chats: bool = True):
+    """UserError for a tokenizer that does not fit its model. Where its files lack, transformers makes an empty one.
+
+    model: what messages call it. rows: of the model's embedding. chats: whether it needs a chat template.
+    """
+    known = set(tokenizer(ANY_WORDS, add_special_tokens=False).input_ids) - set(tokenizer.all_special_ids)
+    if not known:
+        raise UserError(f"{model} has a tokenizer that knows no words; put the files of its own beside its weights")
+    if len(tokenizer) > rows:
+        raise UserError(f"{model} has a tokenizer of {len(tokenizer)} tokens and weights for {rows}; put the files of "
+                        "its own beside its weights")
+    if chats and tokenizer.chat_template is None:
+        raise UserError(f"{model} has no chat template, which says where a picture stands; put its own beside its "
+                        "weights")

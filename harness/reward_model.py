@@ -19,12 +19,11 @@ from pickle import UnpicklingError
 
 from harness.answers import final_answer, unbox
 from harness.flags import UserError
-from harness.processor import loading, make_processor
+from harness.processor import check_tokenizer, loading, make_processor
 from harness.prompts import content_of
 from harness.run import Run
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from tqdm import tqdm
 from transformers import (
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
@@ -43,8 +42,7 @@ from transformers.modeling_layers import GenericForSequenceClassification
 HUB_NAMES = {"^visual": "model.visual", r"^model(?!\.(?:language_model|visual))": "model.language_model"}
 BATCH = 16  # answers that are scored together
 # What transformers raises where a file of a model is cut short, or something else than it should be.
-BROKEN_FILE = (EOFError, KeyError, RuntimeError, UnpicklingError, StrictDataclassError)
-ANY_WORDS = "How many dogs are in picture 1?"  # of which every tokenizer knows a part
+BROKEN_FILE = (EOFError, KeyError, RuntimeError, UnpicklingError)
 
 
 class Qwen2_5_VLForSequenceClassification(GenericForSequenceClassification, Qwen2_5_VLPreTrainedModel):
@@ -73,7 +71,8 @@ def load(name: str, folder: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBa
     if wrong:  # a score head that was never trained would be drawn at random
         raise UserError(f"--reward_model {name}: {len(wrong)} weights are missing or do not fit, {wrong[0]} for one; "
                         "name a model that was trained to score")
-    check_tokenizer(name, model, tokenizer)
+    rows = model.get_input_embeddings().num_embeddings
+    check_tokenizer(f"--reward_model {name}", tokenizer, rows, chats=sees_pictures(model))
     tokenizer.padding_side = "right"  # what stands behind a token cannot change its state, what stands before can
     if tokenizer.pad_token_id is not None:  # by it a classifier knows its last token, whatever its config says
         model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
@@ -88,21 +87,6 @@ def check_kind(name: str, config: PreTrainedConfig, kind: type | None):
     if config.num_labels != 1:
         made = f" (its config.json says {config.architectures[0]})" if config.architectures else ""
         raise UserError(f"--reward_model {name} has {config.num_labels} labels{made}; a reward model has one")
-
-
-def check_tokenizer(name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase):
-    """UserError for a tokenizer that does not fit the model. Where its files lack, transformers makes an empty one."""
-    known = set(tokenizer(ANY_WORDS, add_special_tokens=False).input_ids) - set(tokenizer.all_special_ids)
-    if not known:
-        raise UserError(f"--reward_model {name} has a tokenizer that knows no words; put the files of its tokenizer "
-                        "beside its weights")
-    most = model.get_input_embeddings().num_embeddings
-    if len(tokenizer) > most:
-        raise UserError(f"--reward_model {name} has a tokenizer of {len(tokenizer)} tokens and weights for {most}; put "
-                        "the model's own tokenizer beside its weights")
-    if sees_pictures(model) and tokenizer.chat_template is None:
-        raise UserError(f"--reward_model {name} has no chat template, which says where a picture stands; put the "
-                        "model's own beside its weights")
 
 
 def context_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import shutil
 
 import common
@@ -10,9 +11,9 @@ from harness.flags import of_the_world
 import datasets
 import pytest
 import torch
-from conftest import picture
+from conftest import ROOT, picture
 from drive import go
-from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer, GenerationConfig
+from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer, GenerationConfig
 from whole_runs import metrics
 
 SIZES = [(84, 84), (120, 60), (60, 130), (100, 100), (56, 84), (200, 140), (84, 56), (90, 90)]
@@ -185,3 +186,34 @@ def test_another_architecture_is_refused(folder, tmp_path):
 def test_a_name_of_nothing_is_refused():
     with pytest.raises(common.UserError, match="model no/such-model is no folder or name of a model"):
         common.load_policy("no/such-model")
+
+
+@pytest.mark.parametrize(("file", "said"), [
+    ("tokenizer.json", "has a tokenizer that knows no words"), ("chat_template.jinja", "has no chat template"),
+    ("preprocessor_config.json", "is no folder or name of a model"),
+])
+def test_a_file_that_lacks_is_named(tmp_path, file, said):
+    """Else transformers makes an empty tokenizer, and the run ends with a traceback at its first prompt."""
+    shutil.copytree(ROOT / "tabletop/weights/toy", tmp_path / "model")
+    (tmp_path / "model" / file).unlink()
+    (tmp_path / "model/tokenizer_config.json").unlink(missing_ok=True)
+    with pytest.raises(common.UserError, match=f"model {tmp_path / 'model'} {said}"):
+        common.load_policy(str(tmp_path / "model"))
+
+
+def test_a_tokenizer_with_more_tokens_than_weights_is_refused(tmp_path):
+    shutil.copytree(ROOT / "tabletop/weights/toy", tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
+    rows = AutoConfig.from_pretrained(tmp_path / "model").get_text_config().vocab_size
+    tokenizer.add_tokens([f"word{number}" for number in range(rows - len(tokenizer) + 1)])
+    tokenizer.save_pretrained(tmp_path / "model")
+    with pytest.raises(common.UserError, match=f"a tokenizer of {rows + 1} tokens and weights for {rows}"):
+        common.load_policy(str(tmp_path / "model"))
+
+
+def test_a_config_that_makes_no_sense_is_one_line(tmp_path):
+    shutil.copytree(ROOT / "tabletop/weights/toy", tmp_path / "model")
+    config = (tmp_path / "model/config.json").read_text()
+    (tmp_path / "model/config.json").write_text(re.sub(r'"hidden_size": \d+', '"hidden_size": "x"', config))
+    with pytest.raises(common.UserError, match="expected int, got str"):
+        common.load_policy(str(tmp_path / "model"))
