@@ -94,12 +94,12 @@ def print_table(rows):
     """Prints {name: {key: number}}, a line for each name. A key that a row lacks is left blank."""
     keys = list(dict.fromkeys(key for row in rows.values() for key in row))
     wide = max(len(name) for name in rows) + 1
-    print(" " * wide + "".join(f"{key:>10}" for key in keys))
+    print(" " * wide + "".join(f"{key:>12}" for key in keys))
     for name, row in rows.items():
         cells = []
         for key in keys:
             digits = 0 if key == "weights" else 3
-            cells.append(f"{row[key]:>10,.{digits}f}" if key in row else " " * 10)
+            cells.append(f"{row[key]:>12,.{digits}f}" if key in row else " " * 12)
         print(f"{name:{wide}}" + "".join(cells))
 
 
