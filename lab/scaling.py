@@ -1,6 +1,7 @@
 """How the ratios of lab/bench.py move, and how the cost of a step grows: with G, pictures, width, P, T, V.
 
-    python lab/scaling.py          some minutes on one core; writes results/scaling.json and results/scaling.png
+    python lab/scaling.py            some minutes on one core; writes results/scaling.json and results/scaling.png
+    python lab/scaling.py --dials V  measures V again; the other rows of results/scaling.json stay
 
 Ratios: transformers' generate by our sampler, every answer to the limit, and the plain update by ours, T/S about .5; at
 4, 8 and 16 answers to a prompt, three sizes of picture, three widths of the model.
@@ -263,27 +264,44 @@ def short(value):
 def parse(argv=None):
     parser = Parser("scaling", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=at_least(1), default=3, help="how often each is measured")
+    parser.add_argument("--dials", nargs="+", choices=NAMES, default=list(NAMES),
+                        help="what to turn; of the others the rows that --output has stay")
     parser.add_argument("--output", default="results/scaling.json", help="where the numbers go; the picture beside it")
     return parser.parse_args(argv)
 
 
-def measure(pairs):
+def measure(args):
     """All ratios and costs, with the exponents."""
     rows = []
-    dials = [(dial, value) for dial, values in RATIOS.items() for value in values]
-    for dial, value in tqdm(dials, desc="ratios"):
-        rows.append(dict(dial=dial, value=value) | ratios(case_of(dial, value), pairs))
+    for dial, value in tqdm(turns(RATIOS, args.dials), desc="ratios"):
+        rows.append(dict(dial=dial, value=value) | ratios(case_of(dial, value), args.pairs))
     found = []
-    dials = [(dial, value) for dial, values in COSTS.items() for value in values]
-    for dial, value in tqdm(dials, desc="costs"):
-        found.append(dict(dial=dial, value=value, seconds=costs(case_of(dial, value), pairs)))
+    for dial, value in tqdm(turns(COSTS, args.dials), desc="costs"):
+        found.append(dict(dial=dial, value=value, seconds=costs(case_of(dial, value), args.pairs)))
+    if set(args.dials) != set(NAMES):
+        before = json.loads(Path(args.output).read_text())
+        rows = beside(rows, before["ratios"])
+        found = beside(found, before["costs"])
     return dict(ratios=rows, costs=found, exponents=exponents(found))
+
+
+def turns(table, dials):
+    """Every value of the dials that are to be turned."""
+    return [(dial, value) for dial, values in table.items() if dial in dials for value in values]
+
+
+def beside(rows, before):
+    """The rows that were there, those of the dials that were turned again replaced, in the same order."""
+    again = {(row["dial"], row["value"]): row for row in rows}
+    return [again.get((row["dial"], row["value"]), row) for row in before]
 
 
 def main(args):
     check_writable(str(Path(args.output).parent), "--output")
+    if set(args.dials) != set(NAMES) and not Path(args.output).exists():
+        raise UserError(f"--dials: {args.output} has no rows of the other dials: measure all of them first")
     torch.set_num_threads(1)
-    found = measure(args.pairs)
+    found = measure(args)
     about = dict(pairs=args.pairs, usual=USUAL, torch=torch.__version__, transformers=transformers.__version__)
     Path(args.output).parent.mkdir(parents=True, exist_ok=True)
     write_atomically(args.output, json.dumps(about | found, indent=1) + "\n")

@@ -6,6 +6,8 @@ from lab import scaling
 
 import pytest
 
+SECONDS = ("sampling", "attention, sampling", "updating", "attention, updating")
+
 
 @pytest.mark.parametrize("fixed, slope, exponent", [(0.0, 2.0, 1.0), (5.0, 0.1, 1.0), (1.0, 3.0, 1.7), (0.5, 2.0, 0.6)])
 def test_what_is_fixed_is_told_apart(fixed, slope, exponent):
@@ -56,3 +58,26 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     assert fitted == {*found["costs"][0]["seconds"], "others, sampling", "others, updating"}
     assert (tmp_path / "scaling.png").stat().st_size > 10_000
     assert "exponent" in capsys.readouterr().out
+
+
+def test_some_dials_are_measured_again(tmp_path, monkeypatch):
+    """Their rows are new, the others stay, and all exponents are fitted anew."""
+    output = tmp_path / "scaling.json"
+    argv = ["--dials", "V", "--output", str(output)]
+    with pytest.raises(scaling.UserError, match="measure all of them first"):
+        scaling.main(scaling.parse(argv))
+
+    def seconds(whole):
+        return {what: whole / 2 if "attention" in what else whole for what in SECONDS}
+
+    before = [dict(dial=dial, value=value, seconds=seconds(1.0)) for dial in "TV" for value in (2, 4)]
+    output.write_text(json.dumps(dict(ratios=[dict(dial="G", value=4, sampling=2.0, updating=3.0)], costs=before)))
+    monkeypatch.setattr(scaling, "COSTS", {"T": (2, 4), "V": (2, 4)})
+    monkeypatch.setattr(scaling, "case_of", lambda dial, value: value)
+    monkeypatch.setattr(scaling, "costs", lambda value, pairs: seconds(value + 1.0))
+    monkeypatch.setattr(scaling, "draw", lambda found, path: path)
+    scaling.main(scaling.parse(argv))
+    found = json.loads(output.read_text())
+    assert [row["seconds"]["updating"] for row in found["costs"]] == [1.0, 1.0, 3.0, 5.0]
+    assert found["ratios"][0]["sampling"] == 2.0
+    assert {row["dial"] for row in found["exponents"]} == {"T", "V"}
