@@ -99,8 +99,9 @@ def caption_of(rows, table):
     """The small print: what the intervals are, and the verdicts in each world."""
     said = {}
     for row in rows:
-        said.setdefault(row["world"], []).append(f"{row['id']} {row['verdict']}")
-    verdicts = ". ".join(f"{WORLDS.get(world, world)}: {', '.join(words)}" for world, words in said.items())
+        world = WORLDS.get(row["world"], row["world"]).capitalize()
+        said.setdefault(world, []).append(f"{row['id']} {row['verdict']}")
+    verdicts = ". ".join(f"{world}: {', '.join(words)}" for world, words in said.items())
     first = next(iter(table["answers"][rows[0]["world"].split(", ")[0]].values()))["in"]
     return (f"Means over up to {len(first['seeds'])} seeds and {len(first['right'][0])} held-out problems, 95% "
             f"intervals over seeds and problems. {verdicts}.")
@@ -140,7 +141,7 @@ def draw_ways(table, rows, bench, place):
     panels = []
     for world in arms.WAYS:
         for key in ("pass@1", "pass@4", "pass@64", "diversity"):
-            title = f"{WORLDS[world]}: {key}" if key == "pass@1" else key
+            title = f"{WORLDS[world]}\n{key}" if key == "pass@1" else key
             panels.append(panel(table, "ways", world, title, key=key))
     one = pictures.dots(panels, place / "ways.png", "Fifteen answers to a problem, with and without clusters",
                         caption_of(rows, table), columns=4)
@@ -153,7 +154,7 @@ def draw_stage1(table, rows, bench, place):
     panels = []
     for world in arms.STAGE1:
         panels += [
-            panel(table, "stage1", world, f"{WORLDS[world]}: pass@1", key="pass@1"),
+            panel(table, "stage1", world, f"{WORLDS[world]}\npass@1", key="pass@1"),
             panel(table, "stage1", world, "pass@1 out of domain", key="pass@1", split="out"),
             panel(table, "stage1", world, "pass@16", key="pass@16"),
             panel(table, "stage1", world, "entropy", key="entropy"),
@@ -167,7 +168,7 @@ def draw_sft_or_rl(table, rows, bench, place):
     panels = []
     for world in arms.HANDS:
         panels += [
-            panel(table, "sft_or_rl", world, f"{WORLDS[world]}: pass@1", key="pass@1"),
+            panel(table, "sft_or_rl", world, f"{WORLDS[world]}\npass@1", key="pass@1"),
             panel(table, "sft_or_rl", world, "pass@1 out of domain", key="pass@1", split="out"),
             panel(table, "sft_or_rl", world, "tokens of an answer", key="length"),
             panel(table, "sft_or_rl", world, "hesitations in an answer", key="hesitations"),

@@ -358,7 +358,10 @@ def draw_dots(axis, panel, most):
     axis.set_title(panel.title)
     axis.set_yticks(range(len(panel.lines)), labels=[label for label, *_ in panel.lines])
     axis.set_ylim(len(panel.lines) - 0.5, -0.5)
-    axis.margins(x=0.05)  # so that no dot is cut at 100%
+    axis.margins(x=0.05)
+    low, high = axis.get_xlim()
+    if panel.unit == "%" and high > 1:
+        axis.set_xlim(low, 1 + 0.05 * (1 - low))  # nothing is above 100%, but no dot is to be cut there
     axis.xaxis.set_major_formatter(lambda value, _: show_dot_tick(value, panel.unit))
     axis.xaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 2.5, 5, 10]))
 

@@ -23,6 +23,7 @@ import json
 import os
 import signal
 import sys
+from collections import Counter
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, Python looks in lab/, not in the root
@@ -31,6 +32,7 @@ from harness.flags import Parser, UserError, at_least
 from harness.run import check_writable, write_atomically
 from lab import arms, claims, logs, measures, panels, runs
 from tabletop import build
+from tabletop.traces import style
 
 
 def study(name, args, place):
@@ -102,6 +104,8 @@ def summary(name, table, bench):
         found["commands"][run] = " ".join(words).replace(f"{bench.place}/", f"runs/{bench.place.name}/")
     if name == "stage1":
         found["learned_from"] = learned_from(bench)
+    if name == "ways":
+        found["styles"] = {world: styles_of(bench, world) for world in arms.WAYS}
     return found
 
 
@@ -151,6 +155,24 @@ def learned_from(bench):
             answers = logs.load(bench.place / world, f"traces-{seed}.jsonl", ["id", "text", "right"])
             right = sum(bool(row["right"]) for row in answers)
             found.append(dict(world=world, seed=seed, steps=steps, tokens=tokens, answers=len(answers), right=right))
+    return found
+
+
+def styles_of(bench, world):
+    """{arm: {style: [its share of all answers, how many of these are right]}} in one world, over all seeds."""
+    found = {}
+    for name, spec in bench.specs.items():
+        if not name.startswith(f"{world}/eval-"):
+            continue
+        counts = Counter()
+        for seed in spec.seeds:
+            for row in logs.load(bench.folder(name, seed), "samples.jsonl", ["texts", "right"]):
+                counts.update((style(text), right) for text, right in zip(row["texts"], row["right"], strict=True))
+        arm = name.partition("/eval-")[2]
+        found[arm] = {}
+        for each in sorted({key for key, _ in counts}):
+            answers = counts[each, True] + counts[each, False]
+            found[arm][each] = [round(answers / counts.total(), 4), round(counts[each, True] / answers, 4)]
     return found
 
 

@@ -320,6 +320,21 @@ def test_a_study_from_end_to_end(played, name, capsys):
     assert set(json.loads((place / f"{name}.json").read_text())["measures"]) == set(table["answers"])
 
 
+def test_styles_of_answers_are_counted(played, tmp_path):
+    """Against a count by hand: shares sum to 1, and the share of right answers is that of the whole."""
+    found = json.loads((played("ways") / "ways.json").read_text())["styles"]
+    for world, every in found.items():
+        for arm, styles in every.items():
+            rows = []
+            for path in tmp_path.glob(f"runs/study-quick/{world}/eval-{arm}-[12]/samples.jsonl"):
+                rows += [json.loads(line) for line in path.read_text().splitlines()]
+            texts = [text for row in rows for text in row["texts"]]
+            assert set(styles) == {"rows", "columns"}
+            assert styles["rows"][0] == pytest.approx(np.mean(["Across" in text for text in texts]), abs=1e-4)
+            right = np.mean([right for row in rows for right in row["right"]])
+            assert sum(share * good for share, good in styles.values()) == pytest.approx(right, abs=1e-3)
+
+
 def test_two_studies_share_one_file_of_claims(tmp_path):
     """A study that is done again takes the place of its own rows, and leaves those of the others."""
     path = tmp_path / "claims.json"
