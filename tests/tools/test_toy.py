@@ -89,7 +89,10 @@ def test_teachers_can_and_in_several_ways(name, world):
 @pytest.mark.slow
 def test_the_second_skill_is_there_and_only_there():
     assert toy.measure("toy-two-skills", "toy-two-skills", "skill")["pass@1"] > 0.85
-    assert toy.measure("toy", "toy-two-skills", "skill")["pass@1"] < 0.35
+    # Who has only the first skill names what most cells show, and that stands at the place nearly half of the time.
+    without = toy.measure("toy", "toy-two-skills", "skill")
+    assert "look" not in without  # it is a style that toy never uses
+    assert without["pass@1"] < 0.55
 
 
 @pytest.mark.slow
