@@ -97,6 +97,9 @@ def packed_attention(
             module, query, key, value, attention_mask=attention_mask, scaling=scaling, **kwargs)
     packed = attention_mask
     settings = dict(scale=scaling, enable_gqa=key.shape[1] != query.shape[1])
+    if len(packed.rows) == 1 and packed.rows[0].others == 0:  # one answer: an ordinary causal sequence, uncut
+        results_1HND = scaled_dot_product_attention(query, key, value, is_causal=True, **settings)
+        return results_1HND.transpose(1, 2), None
     parts = [by_row(states, packed) for states in (query, key, value)]
     results = []
     for row, q, k, v in zip(packed.rows, *parts, strict=True):

@@ -5,6 +5,7 @@ import copy
 import re
 
 from common import read, token_logps
+from harness import attention
 from harness.attention import NAME, SharedPrompts, pack_rows, packed_attention
 from harness.cache import block_cache
 from harness.updates import micro_batches
@@ -181,6 +182,19 @@ def test_nothing_is_moved_where_nothing_is_padded():
         rows = pack_rows(*ROWS[case], torch.device("cpu"))
         assert rows.spread_M is None
         assert rows.gather_N is None
+
+
+def test_a_row_with_one_answer_is_not_cut_up(monkeypatch):
+    """It is one causal sequence: cutting it up costs a short pass some percent."""
+    monkeypatch.setattr(attention, "by_row", None)
+    module = torch.nn.Module()
+    module.is_causal = True
+    query, key, value = torch.randn(3, 1, 2, 9, 4)
+    results, _ = packed_attention(module, query, key, value, pack_rows([5], [[4]], torch.device("cpu")), scaling=SCALE)
+    weights = (SCALE * query @ key.mT).masked_fill(~visible([5], [[4]]), -torch.inf).softmax(-1)
+    assert torch.allclose(results, (weights @ value).transpose(1, 2), atol=1e-6)
+    with pytest.raises(TypeError):
+        packed_attention(module, query, key, value, pack_rows([5], [[2, 2]], torch.device("cpu")), scaling=SCALE)
 
 
 def test_what_is_not_packed_is_the_plain_attention():
