@@ -11,7 +11,6 @@ import json
 import os
 import queue
 import shutil
-import subprocess
 import sys
 import threading
 import time
@@ -21,6 +20,7 @@ from pathlib import Path
 from harness.flags import UserError
 from harness.run import write_atomically
 from lab import logs
+from lab.starter import Starter
 
 from tqdm import tqdm
 
@@ -160,9 +160,10 @@ class Bench:
         self.place = Path(place)
         self.specs = specs
         self.jobs = len(cores)
-        self.cores = queue.Queue()  # those that are free
-        for core in cores:
-            self.cores.put(core)
+        self.seats = queue.Queue()  # those that are free, as (number, core)
+        for seat in enumerate(cores):
+            self.seats.put(seat)
+        self.starters = {}  # seat -> who starts runs there, from the first run on
         self.pace = Pace(specs)
         self.steps = {}  # (name, seed) -> steps done, of the runs that are under way
         self.running = set()
@@ -209,13 +210,13 @@ class Bench:
             shutil.rmtree(folder)
         whole = not folder.exists()
         folder.parent.mkdir(parents=True, exist_ok=True)
-        words = [sys.executable, script, *argv_of(flags), f"--output_dir={folder}", "--resume"]
+        words = [script, *argv_of(flags), f"--output_dir={folder}", "--resume"]
         code = code_hash()
-        core = self.cores.get()
+        seat = self.seats.get()
         began = time.monotonic()
-        status = self.run(words, (name, seed), core)
+        status = self.run(words, (name, seed), seat)
         took = round(time.monotonic() - began, 1)
-        self.cores.put(core)
+        self.seats.put(seat)
         if status or not (folder / self.specs[name].last).exists():
             said = last_words(folder.with_name(f"{folder.name}.log"))
             raise UserError(f"{name}-{seed}: {script} ended with status {status}, saying: {said}")
@@ -224,29 +225,31 @@ class Bench:
         row = dict(script=script, flags=flags, seconds=took, whole=whole, code=code)
         write_atomically(folder / "job.json", json.dumps(row, indent=1) + "\n")
 
-    def run(self, words, key, core):
-        """Runs one command on `core` until it ends, and counts its steps meanwhile. Returns its exit status."""
+    def run(self, words, key, seat):
+        """Runs one script at a seat until it ends, and counts its steps meanwhile. Returns its exit status."""
         folder = self.folder(*key)
         metrics = folder / "metrics.jsonl"
-        with open(folder.with_name(f"{folder.name}.log"), "w") as output:
-            process = self.start(words, output, core)
-            while process.poll() is None:
-                time.sleep(POLL)
-                self.steps[key] = metrics.read_bytes().count(b"\n") if metrics.exists() else 0
+        process = self.start(words, folder.with_name(f"{folder.name}.log"), seat)
+        while process.poll() is None:
+            time.sleep(POLL)
+            self.steps[key] = metrics.read_bytes().count(b"\n") if metrics.exists() else 0
         self.running.discard(process)
         self.steps.pop(key, None)
         return process.returncode
 
-    def start(self, words, output, core):
-        """Starts a process on one core: without that, a run takes all the cores that it may use."""
+    def start(self, words, log, seat):
+        """Starts a script on one core: without that, a run takes all the cores that it may use."""
         environment = os.environ | dict(OMP_NUM_THREADS="1", TQDM_MININTERVAL="5")  # trap: busy cores
+        log.write_text("")
+        if seat not in self.starters:
+            _, core = seat
+            self.starters[seat] = Starter(core)
         with self.lock:
             if self.stopped:
                 raise UserError("stopped")
-            process = subprocess.Popen(words, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT, env=environment)
+            process = self.starters[seat].start(dict(
+                command=words, environment=environment, cwd=str(ROOT), stdout=str(log), stderr=str(log)))
             self.running.add(process)
-        if core is not None:
-            os.sched_setaffinity(process.pid, [core])
         return process
 
     def stop(self):
@@ -273,6 +276,10 @@ class Bench:
             pool.shutdown(wait=False, cancel_futures=True)
             self.stop()
             raise
+        finally:
+            for starter in self.starters.values():
+                starter.end()
+            self.starters.clear()
         for name, spec in self.specs.items():
             for seed in spec.seeds[1:]:
                 self.check_alike(name, spec.seeds[0], seed)

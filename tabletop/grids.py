@@ -131,7 +131,9 @@ def matches(cell: Cell, target: tuple) -> bool:
     """Whether a cell shows the target (None and True match any)."""
     if cell is None:
         return False
-    return all(want in (None, True, have) for have, want in zip(cell, target, strict=True))
+    colour, shape = cell
+    want_colour, want_shape = target
+    return want_colour in (None, True, colour) and want_shape in (None, True, shape)
 
 
 def cells(spec: Spec) -> list[tuple[str, Cell]]:

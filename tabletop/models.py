@@ -11,6 +11,7 @@ All are ordinary Qwen2.5-VL checkpoints in the hub's layout.
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import itertools
 import json
@@ -240,6 +241,20 @@ def make_tokenizer(words: str = "all") -> Qwen2Tokenizer:
 
     words: "all" for those of all worlds, "first" for those of the first tabletop alone.
     """
+    vocabulary, merges = learned_words(words)
+    return Qwen2Tokenizer(
+        dict(vocabulary),
+        list(merges),
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        additional_special_tokens=list(SPECIALS),
+        chat_template=CHAT_TEMPLATE,
+    )
+
+
+@functools.cache
+def learned_words(words: str) -> tuple[dict, list]:
+    """The vocabulary {token: id} and the merges of that BPE, which is trained once in a process: half a second."""
     bpe = Tokenizer(BPE())
     split = Split(Regex(PRETOKENIZE_REGEX), "isolated")
     bpe.pre_tokenizer = Sequence([split, ByteLevel(False, use_regex=False)])
@@ -247,15 +262,7 @@ def make_tokenizer(words: str = "all") -> Qwen2Tokenizer:
     trainer = BpeTrainer(vocab_size=504 - len(SPECIALS), initial_alphabet=alphabet, show_progress=False)
     bpe.train_from_iterator(_training_texts(words), trainer)
     learned = json.loads(bpe.to_str())["model"]
-    merges = [tuple(pair) for pair in learned["merges"]]
-    return Qwen2Tokenizer(
-        learned["vocab"],
-        merges,
-        eos_token="<|im_end|>",
-        pad_token="<|endoftext|>",
-        additional_special_tokens=list(SPECIALS),
-        chat_template=CHAT_TEMPLATE,
-    )
+    return learned["vocab"], [tuple(pair) for pair in learned["merges"]]
 
 
 def _training_texts(words):

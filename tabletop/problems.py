@@ -43,7 +43,7 @@ from tabletop.grids import (
 )
 from tabletop.habits import other_hand
 from tabletop.pictures import draw
-from tabletop.traces import FirstWrong, traces
+from tabletop.traces import FirstWrong, styles_of, trace
 from tabletop.worlds import WORLDS, World, world_of
 
 # --- splits -----------------------------------------------------------------------------------------------------------
@@ -147,22 +147,27 @@ def load(name: str, split: str | None, count: int | None = None) -> Problems:
 def problem_of(split: str, index: int, world: World = WORLDS["toy"]) -> dict:
     """The problem `index` of a split, drawn. Its trace is in one of the styles, which `style` names."""
     name, spec = named(split, index, world)
-    worked = traces(spec)
-    if world.hand == "other":
-        rng = random.Random(f"{split} {index} hand")
-        worked = {name: other_hand(spec, name, rng) for name in worked}
-    chosen = random.Random(f"{name} style").choice(sorted(worked))
+    chosen = random.Random(f"{name} style").choice(sorted(styles_of(spec)))
     return {
         "id": f"toy-{name.replace(' ', '-')}",
         "images": [draw(spec, fade_of(split, world))],
         "problem": question(spec),
         "answer": answer(spec),
         "verifier": spec.verifier,
-        "trace": worked[chosen],
+        "trace": worked(spec, chosen, world, f"{split} {index} hand"),
         "style": chosen,
         "spec": spec,
         "first_wrong": FirstWrong(spec),
     }
+
+
+def worked(spec: Spec, chosen: str, world: World, key: str) -> str:
+    """The trace of a problem in the style `chosen`, in the hand of its world. `key` fixes what the other hand draws."""
+    if world.hand == "own":
+        return trace(spec, chosen)
+    rng = random.Random(key)
+    texts = {name: other_hand(spec, name, rng) for name in styles_of(spec)}  # the styles share one generator
+    return texts[chosen]
 
 
 def named(split: str, index: int, world: World) -> tuple[str, Spec]:

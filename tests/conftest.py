@@ -1,7 +1,6 @@
 """What the tests share: a small untrained model in the hub's layout, and problems with pictures of several sizes."""
 
 import functools
-import json
 import os
 import signal
 import socket
@@ -19,6 +18,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a name that is no folder must fa
 torch.set_num_threads(1)  # the models are tiny: two threads wait for each other more than they work
 
 import common
+from lab.starter import Starter
 from tabletop import models
 
 ROOT = Path(__file__).parent.parent
@@ -77,10 +77,8 @@ def problems():
 
 @functools.cache
 def starter():
-    """The server of starter.py. It ends with its stdin, which ends with this process at the latest."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    return subprocess.Popen([sys.executable, str(ROOT / "tests" / "starter.py")], env=environment, text=True,
-                            stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    """The server that starts scripts without importing torch anew for each."""
+    return Starter()
 
 
 def pytest_collection_finish(session):
@@ -91,7 +89,7 @@ def pytest_collection_finish(session):
 
 def pytest_sessionfinish():
     if starter.cache_info().currsize:
-        starter().communicate()
+        starter().end()
 
 
 def free_port():
@@ -113,12 +111,9 @@ def run_script(*command, timeout=300, processes=1, cwd=ROOT, **environment):
         files = dict(stdout=f"{place}/stdout", stderr=f"{place}/stderr")
         order = dict(command=[str(word) for word in command], environment=env, cwd=str(cwd), processes=processes,
                      timeout=timeout, **files)
-        starter().stdin.write(json.dumps(order) + "\n")
-        starter().stdin.flush()
-        codes = json.loads(starter().stdout.readline())
+        code = starter().start(order).wait()
         said = {name: Path(path).read_text() for name, path in files.items()}
-    failed = [code for code in codes if code]
-    return subprocess.CompletedProcess(command, failed[0] if failed else 0, **said)
+    return subprocess.CompletedProcess(command, code, **said)
 
 
 def run_torchrun(*command, timeout=300, processes=2, cwd=ROOT, **environment):

@@ -1,7 +1,6 @@
 """The tabletop's models: real checkpoints, made the same every time, kept in the user's cache."""
 
 import dataclasses
-import functools
 import json
 import re
 
@@ -24,14 +23,6 @@ FIRST_LOSSES = {
     "toy-short": [6.314268589019775, 6.254275798797607],
     "toy-teacher-short": [6.5145487785339355, 6.4411540031433105],
 }
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_tokenizer():
-    """The tokenizer of some words is trained once for all tests here: half a second, and each key needs it."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(models, "make_tokenizer", functools.cache(models.make_tokenizer))
-        yield
 
 
 # --- tokenizer and prompt ---------------------------------------------------------------------------------------------
@@ -70,7 +61,8 @@ def test_traces_are_short(processor):
 
 def test_the_tokenizer_is_the_same_every_time(processor):
     tokenizer = processor.tokenizer
-    again = models.make_tokenizer.__wrapped__()
+    models.learned_words.cache_clear()
+    again = models.make_tokenizer()
     assert again.get_vocab() == tokenizer.get_vocab()
     assert 300 < len(tokenizer) < 512
     assert again("none of it").input_ids == tokenizer("none of it").input_ids

@@ -4,6 +4,8 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 
 from harness.answers import VERIFIERS
 from harness.flags import UserError
@@ -32,6 +34,21 @@ open(folder + "/last", "w").close()
 """
 
 
+class Plain:
+    """Starts a script as anybody would. A Starter would import torch first, for scripts that do not need it."""
+
+    def __init__(self, core):
+        self.core = core
+
+    def start(self, order):
+        with open(order["stdout"], "a") as output:
+            return subprocess.Popen([sys.executable, *order["command"]], cwd=order["cwd"], env=order["environment"],
+                                    stdout=output, stderr=subprocess.STDOUT)
+
+    def end(self):
+        pass
+
+
 def fake(specs):
     """The same runs, of a script that only writes down that it was called."""
     return {name: spec._replace(script="fake.py", last="last") for name, spec in specs.items()}
@@ -43,6 +60,7 @@ def home(tmp_path, monkeypatch):
     (tmp_path / "fake.py").write_text(SCRIPT)
     monkeypatch.setattr(runs, "ROOT", tmp_path)
     monkeypatch.setattr(runs, "POLL", 0.01)
+    monkeypatch.setattr(runs, "Starter", Plain)
     monkeypatch.setattr(runs, "SECONDS", {"fake.py": (1, 1)})
     monkeypatch.setattr(runs, "SOURCES", ("fake.py",))
     cores = runs.usable_cores()
@@ -131,8 +149,8 @@ def test_what_is_there_is_what_would_be_run(home):
 
 def started(monkeypatch):
     """A list that takes every process that a study starts."""
-    processes, plain = [], runs.subprocess.Popen
-    monkeypatch.setattr(runs.subprocess, "Popen", lambda *a, **k: processes.append(plain(*a, **k)) or processes[-1])
+    processes, plain = [], subprocess.Popen
+    monkeypatch.setattr(subprocess, "Popen", lambda *a, **k: processes.append(plain(*a, **k)) or processes[-1])
     return processes
 
 
@@ -239,7 +257,7 @@ class Playwright:
         self.bench = bench
         self.random = np.random.default_rng(0)
 
-    def run(self, words, key, core):
+    def run(self, words, key, seat):
         name, seed = key
         spec = self.bench.specs[name]
         folder = self.bench.folder(name, seed)
