@@ -22,7 +22,7 @@ def test_a_script_has_its_own_folder_environment_arguments_and_output(tmp_path):
 
 
 class Late:
-    """A pipe behind which one waits a second."""
+    """A pipe behind which one waits for two seconds."""
 
     def __init__(self, pipe):
         self.pipe = pipe
@@ -30,11 +30,12 @@ class Late:
     def write(self, line):
         self.pipe.write(line)
         self.pipe.flush()
-        time.sleep(1)
+        time.sleep(2)
 
 
 def test_a_process_that_ended_at_once_is_seen(tmp_path, monkeypatch):
     """Its end is told together with its beginning then: an answer that was read ahead would never be seen."""
+    start(tmp_path, "").wait()  # the server has imported everything now
     monkeypatch.setattr(starter().process, "stdin", Late(starter().process.stdin))
     started = start(tmp_path, "")
     deadline = time.monotonic() + 20
