@@ -9,6 +9,7 @@ Shapes: S seeds, P problems, G answers to a problem, D draws.
 """
 
 import functools
+import json
 
 import eval_passk
 from harness.embedding import ngrams, reasoning, spread
@@ -21,6 +22,8 @@ import numpy as np
 from tqdm import tqdm
 
 DRAWS = 10_000
+COUNTED = ("right", "distinct", "entropy", "length", "hesitations")  # of a problem's answers, in a moment
+COUNTS = "columns.json"  # where they stand in a measurement whose answers are on another machine (lab/carry.py)
 SERIES = ("accuracy", "entropy", "completion_length", "missed_by_entropy", "coverage", "diversity")  # of metrics.jsonl
 
 # --- intervals --------------------------------------------------------------------------------------------------------
@@ -176,13 +179,29 @@ def counted(bench, name, kept, *, agree):
     for split, data in zip(("in", "out"), spec.flags["dataset"].split(","), strict=False):
         found[split] = dict(data=data, seeds=list(spec.seeds), n=spec.flags["num_samples"])
         for seed in spec.seeds:
-            rows = answers_of(bench.folder(name, seed), data)
-            for key, values in columns(rows, kept, agree=agree).items():
+            every = counts_of(bench.folder(name, seed), data, kept, agree=agree)
+            types = every.pop("types")
+            for key, values in every.items():
                 found[split].setdefault(key, []).append(values)
-        types = [row["verifier"] for row in rows]
         if len(set(types)) > 1:
             found[split]["types"] = types
     return found
+
+
+def counts_of(folder, data, kept, *, agree=False):
+    """{types, and each measure of `kept`: a value for each problem} of one data set in one measurement."""
+    carried = folder / COUNTS
+    if carried.exists():
+        every = json.loads(carried.read_text())[data]
+        return {key: every[key] for key in ("types", *kept)}
+    rows = answers_of(folder, data)
+    return dict(types=[row["verifier"] for row in rows], **columns(rows, kept, agree=agree))
+
+
+def every_count(bench, name, seed):
+    """{data set: counts_of} of one measurement, with all that can be counted quickly."""
+    data_sets = bench.specs[name].flags["dataset"].split(",")
+    return {data: counts_of(bench.folder(name, seed), data, COUNTED) for data in data_sets}
 
 
 def answers_of(folder, data):

@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script,
 
 from harness.flags import Parser, UserError, at_least
 from harness.run import check_writable, write_atomically
-from lab import arms, claims, logs, measures, panels, runs
+from lab import arms, carry, claims, logs, measures, panels, runs
 from tabletop import build
 from tabletop.traces import style
 
@@ -54,6 +54,15 @@ def study(name, args, place):
     print(show(result, rows))
     names = ", ".join(path.name for path in drawn)
     print(f"written: {name}-problems.json, claims.json, {name}.json, {names} in {place}")
+
+
+def pack(args):
+    """Packs the finished runs of all studies asked for."""
+    every = {}
+    for name in args.studies:
+        every |= arms.specs_of(name, args.seeds, args.quick)
+    count = carry.pack(runs.Bench(runs.ROOT / folder_of_runs(args), every, args.jobs), args.pack)
+    print(f"{count} runs packed into {args.pack}")
 
 
 def plan(args):
@@ -206,6 +215,11 @@ def main(args):
         return
     for folder in (place, runs.ROOT / folder_of_runs(args)):
         check_writable(str(folder), "--output")
+    if args.pack:
+        pack(args)
+        return
+    if args.unpack:
+        print(f"{carry.unpack(runs.ROOT / folder_of_runs(args), args.unpack)} runs unpacked from {args.unpack}")
     for name in args.studies:
         study(name, args, place)
 
@@ -215,6 +229,8 @@ def parse(argv=None):
     parser.add_argument("studies", nargs="+", choices=tuple(arms.STUDIES), metavar="STUDY",
                         help=f"which ones: {', '.join(arms.STUDIES)}")
     parser.add_argument("--plan", action="store_true", help="say what would be run and how long it takes; run nothing")
+    parser.add_argument("--pack", metavar="FILE", help="put finished runs into this file, for another machine; no more")
+    parser.add_argument("--unpack", metavar="FILE", help="take finished runs from this file first")
     parser.add_argument("--seeds", type=at_least(1), default=5, help="the first so many seeds of each arm")
     parser.add_argument("--quick", action="store_true", help="few steps, few problems, in runs/study-quick")
     parser.add_argument("--jobs", type=at_least(1), default=os.cpu_count(), help="runs at the same time, a core each")

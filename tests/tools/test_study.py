@@ -9,7 +9,7 @@ import sys
 
 from harness.answers import VERIFIERS
 from harness.flags import UserError
-from lab import arms, claims, panels, runs, study
+from lab import arms, carry, claims, panels, runs, study
 
 import numpy as np
 import pytest
@@ -26,6 +26,8 @@ if flags.get("seed") == os.environ.get("FAIL"):
     sys.exit(2)
 if flags.get("seed") in os.environ.get("WAIT", ""):
     time.sleep(60)
+if "traces" in flags:
+    open(flags["traces"], "a").close()
 if "num_samples" not in flags:
     json.dump(dict(flags, script="fake"), open(folder + "/args.json", "w"))
 with open(folder + "/metrics.jsonl", "w") as file:
@@ -192,6 +194,66 @@ def test_a_study_that_is_stopped_stops_its_runs(home, monkeypatch):
     finally:
         signal.signal(signal.SIGTERM, before)
     assert {process.returncode for process in processes} == {-signal.SIGTERM}
+
+
+# --- carried to another machine ---------------------------------------------------------------------------------------
+
+
+def carried(home, specs):
+    """A bench of the same runs on another machine: what is finished here was packed and unpacked there."""
+    count = carry.pack(bench_of(home, specs), home / "packed.tar.xz")
+    assert carry.unpack(home / "there", home / "packed.tar.xz") == count
+    assert carry.unpack(home / "there", home / "packed.tar.xz") == 0  # what is there stays
+    return runs.Bench(home / "there", specs, 2)
+
+
+def without_measurements(specs):
+    return {name: spec for name, spec in specs.items() if spec.script == "fake.py" and "eval-" not in name}
+
+
+def test_nothing_that_was_carried_is_made_again(home):
+    specs = without_measurements(few())
+    bench_of(home, specs).make_all()
+    calls = (home / "calls").read_text()
+    there = carried(home, specs)
+    there.make_all()
+    assert (home / "calls").read_text() == calls
+    for name in specs:
+        assert there.job(name, 2) == bench_of(home, specs).job(name, 2)
+
+
+def test_a_model_that_did_not_travel_is_made_again_where_a_run_starts_from_it(home):
+    specs = without_measurements(few())
+    bench_of(home, specs).make_all()
+    shutil.rmtree(home / "runs/toy/sft-grpo-1")
+    before = len((home / "calls").read_text().split())
+    there = carried(home, specs)
+    there.make_all()
+    made = [os.path.basename(call) for call in (home / "calls").read_text().split()[before:]]
+    assert made == ["sft-1", "sft-grpo-1"]
+    runs.Bench(home / "there", specs, 2).make_all()  # and what was made from its first copy is not out of date
+    assert len((home / "calls").read_text().split()) == before + 2
+
+
+def test_a_table_is_the_same_from_what_was_carried(played, tmp_path):
+    """With two data sets, several verifiers, and the traces that warm starts learned from."""
+    for name in ("stage1", "sft_or_rl"):
+        place = played(name)
+        kept = {path.name: path.read_bytes() for path in place.glob("*.json")}
+        file = str(tmp_path / "packed.tar.xz")
+        study.main(study.parse([name, "--quick", "--seeds", "2", "--pack", file]))
+        shutil.rmtree(tmp_path / "runs")
+        played(name, "--unpack", file)
+        assert not list((tmp_path / "runs").rglob("samples.jsonl"))  # nothing was played again
+        for path, content in kept.items():
+            assert (place / path).read_bytes() == content
+
+
+def test_what_is_no_packed_file_is_one_line(tmp_path):
+    (tmp_path / "file").write_text("no archive")
+    for path in ("file", "missing"):
+        with pytest.raises(UserError, match=f"{path} cannot be unpacked"):
+            carry.unpack(tmp_path / "runs", str(tmp_path / path))
 
 
 def test_the_hash_of_the_code_is_over_names_and_contents(home):
