@@ -6,7 +6,7 @@ A value is looked up in these places, and the first that has it wins:
     tabletop        the script's TOY, only with a model of the tabletop
     recipe          the script's RECIPE: the paper's settings, where it gives them
     script          the default of a flag of the script's own
-    world           the tables below
+    default         the tables below, which all scripts share
 
 `python grpo.py --help` shows for every flag the value that this very command line would use, and where it comes from.
 """
@@ -63,12 +63,12 @@ MODEL_FLAGS = (
 )
 TRAIN_FLAGS = (
     Flag("dataset", "hiyouga/geometry3k@train",
-         "name@split[:count], or a path to jsonl, json, parquet or a folder; several, with commas between, are mixed"),
+         "name@split[:count], or a path[:count] to jsonl, json, parquet or a folder; commas between several mix them"),
     Flag("eval_dataset", "hiyouga/geometry3k@test", "held-out problems, or none"),
     Flag("eval_steps", 0, "measure held-out accuracy every so many steps (0: before and after only)", least=0),
     Flag("num_generations_eval", 4, "answers sampled to each held-out problem"),
-    Flag("max_steps", 60, "training steps, each with a rollout of its own"),
-    Flag("prompts_per_step", 512, "P, problems in a step, over all processes"),
+    Flag("max_steps", 60, "training steps; of RL and OPD, each with a rollout of its own"),
+    Flag("prompts_per_step", 512, "P, problems (of sft.py, traces) in a step, over all processes"),
     Flag("micro_batch_size", 8, "answers in one forward pass, packed behind their prompt; changes no gradient"),
     Flag("learning_rate", 1e-6, "peak learning rate of AdamW"),
     Flag("lr_scheduler_type", "constant", "what follows the warm-up", choices=("constant", "cosine")),
@@ -162,7 +162,7 @@ def parse_args(
     script: str, flags: Callable, *, doc: str = "", recipe: dict | None = None, toy: dict | None = None,
     argv: list[str] | None = None, tables: Iterable = ALL_TABLES,
 ) -> argparse.Namespace:
-    """The flags of one script: command line over TOY (only with a toy model) over RECIPE over the world's tables.
+    """The flags of one script: command line over TOY (only with a toy model) over RECIPE over the tables.
 
     `flags(parser)` adds the script's own. Returns a namespace, with `script` added and `output_dir` filled in.
     """
@@ -183,7 +183,7 @@ def parse_args(
     values = {}
     sources = {}
     model = given.get("model", world["model"])
-    layers = {"world": world, "script": own, "recipe": recipe or {}, "tabletop": {}, "command line": given}
+    layers = {"default": world, "script": own, "recipe": recipe or {}, "tabletop": {}, "command line": given}
     if is_toy(model):
         layers["tabletop"] = toy or {}
     for source, layer in layers.items():

@@ -31,7 +31,7 @@ def shown(script, capsys, *argv):
     found = {}
     for entry in re.split(r"\n  (?=--)", capsys.readouterr().out):
         name = re.match(r"--(\w+)", entry)
-        values = re.findall(r"\[([^\[\]]*), (command line|tabletop|recipe|script|world)\]", " ".join(entry.split()))
+        values = re.findall(r"\[([^\[\]]*), (command line|tabletop|recipe|script|default)\]", " ".join(entry.split()))
         if name and values:
             found[name.group(1)] = values[-1]
     return found
@@ -41,7 +41,7 @@ def shown(script, capsys, *argv):
 
 
 def test_the_first_of_five_places_wins():
-    """command line > tabletop (only with a model of the tabletop) > recipe > script > world."""
+    """command line > tabletop (only with a model of the tabletop) > recipe > script > default."""
 
     def flags(parser):
         parser.add_argument("--own", type=float, default=0.5, help="a flag of the script's own")
@@ -133,9 +133,9 @@ def test_help_shows_the_tabletops_values(capsys):
     assert lines["max_steps"] == ("25", "tabletop")
     assert lines["dataset"] == ("toy@train", "tabletop")
     assert lines["train_vision"] == ("True", "tabletop")
-    assert lines["temperature"] == ("1.0", "world")
+    assert lines["temperature"] == ("1.0", "default")
     assert lines["epsilon"] == ("0.2", "script")
-    assert lines["model"] == ("toy", "world")
+    assert lines["model"] == ("toy", "default")
 
 
 def test_help_shows_the_papers_values_for_another_model(capsys):
@@ -143,8 +143,8 @@ def test_help_shows_the_papers_values_for_another_model(capsys):
     assert lines["model"] == ("Qwen/Qwen2.5-VL-7B-Instruct", "command line")
     assert lines["prompts_per_step"] == ("512", "recipe")
     assert lines["learning_rate"] == ("1e-06", "recipe")
-    assert lines["dataset"] == ("hiyouga/geometry3k@train", "world")
-    assert lines["train_vision"] == ("False", "world")
+    assert lines["dataset"] == ("hiyouga/geometry3k@train", "default")
+    assert lines["train_vision"] == ("False", "default")
     assert "tabletop" not in {source for _, source in lines.values()}
 
 
@@ -182,7 +182,7 @@ def test_help_is_true_for_every_flag_of_every_script(script, model, capsys):
         elif name in recipe:
             assert source == "recipe"
         elif name in world:
-            assert source == "world"
+            assert source == "default"
         else:
             assert source == "script"
 

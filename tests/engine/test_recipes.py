@@ -94,6 +94,25 @@ def test_vlaas_reinforcement_learning():
     assert "<answer>" in args.system_prompt
 
 
+def row_of(command):
+    """A command as the table at the head of the page has it, as far as numbers go."""
+    _, args = values_of(command)
+    return [args.max_steps, args.prompts_per_step, vars(args).get("num_generations"), args.updates_per_step,
+            args.learning_rate, vars(args).get("epsilon"), vars(args).get("epsilon_high"), vars(args).get("beta")]
+
+
+def test_the_table_says_what_the_commands_do():
+    """Each row is named by its command's folder; cells that sft.py or opd.py have no flag for are empty."""
+    commands = {values_of(command)[1].output_dir: command for command in COMMANDS}
+    rows = re.findall(r"^\| `([\w-]+)` \|([^|]*)\|" + r"([^|]*)\|" * 8 + "$", PAGE, re.MULTILINE)
+    assert len(rows) == 10
+    for name, _, *cells in rows:
+        numbers = [re.findall(r"[\d.][\d.e-]*", cell) for cell in cells]
+        steps, problems, answers, updates, rate, clip, kl, _ = numbers
+        shown = [steps[0], problems[0], *(answers or [None]), updates[0], rate[0], *(clip or [None, None]), *(kl or [None])]
+        assert [value if value is None else float(value) for value in shown] == row_of(commands[f"runs/{name}"]), name
+
+
 # --- every command, run -----------------------------------------------------------------------------------------------
 
 # {a name in the commands: which of FILES it is, and the split that the hub calls it by where its file does not say it}
