@@ -18,18 +18,20 @@ AdamW. A group is read as one packed row: the picture and the prompt once, then 
 
 Departures from the paper, as in today's recipes for vision-language models:
  1. weight is 1 on every answer token (a mean over tokens). The paper's mean over each answer first, 1/|o_i|, is
-    --average answer: only another weight.
+    --average answer: only another weight. A KL term stays a mean over tokens.
  2. β is 0, and then no reference model is loaded. With --beta the reference is the starting model throughout. k3
     averages to KL(π_θ‖π_ref); differentiated as a loss it gives the gradient of KL(π_ref‖π_θ).
  3. The reference is never renewed, and rewards are rules, not a model (but for answers in free text, with
-    --reward_model). The z-score has 1e-6 in its denominator. 0.9 and 0.1 are EasyR1's (VLAA-Thinker has no format
-    reward: --format_weight 0).
+    --reward_model, whose scale, OPEN_ENDED_BETA, is ours). The z-score has 1e-6 in its denominator. 0.9 and 0.1 are
+    EasyR1's (VLAA-Thinker has no format reward: --format_weight 0); that an answer in <answer> tags is well-formed too
+    is ours.
  4. The vision tower is frozen unless --train_vision.
  5. Groups whose advantages are all zero are not read (with --beta they are): they have no gradient. Their tokens still
     count in (4).
- 6. The paper trains a language model. Batch, updates, learning rate, length, number of steps, weight decay, gradient
-    norm and the pixels of a picture are EasyR1's, a vision-language code: large pictures are scaled down to 1,000,000
-    pixels, small ones enlarged to 262,144.
+ 6. The paper trains a language model. Batch, updates, learning rate, length, number of steps, weight decay and gradient
+    norm are EasyR1's, a vision-language code, which itself has G = 5, a KL of 0.01, pictures up to 4,194,304 pixels, a
+    trained vision tower and top-p 0.99. Clip and pixels are VEPO's released script's: ε = 0.2, large pictures scaled
+    down to 1,000,000 pixels, small ones enlarged to 262,144.
  7. Answers that run into the limit keep their reward and their gradient; --mask_truncated is ours. So are G = 8 and the
     words of the prompt (--instruction).
 

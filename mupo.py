@@ -14,9 +14,9 @@ of answer i:
     A_i      = w_k·(R_i − mean_k R)/(std_k R + 1e-6),     w_k = (G/(K·|C_k|))^γ                                 (4)
     L        = Σ_bt weight_bt·ℓ_bt / Σ_bt weight_bt       ℓ as in grpo.py, eq. (2) and (3): GRPO's clipped loss (5)
 
-In the paper these are its equations (5), (6), (7), (4), and (3) for w_k and the sum. γ is the paper's β: here β is the
-weight of the KL, as in all scripts. At γ = 1 every cluster weighs the same, whatever its size. A cluster of one has
-A = 0; with K = 1, R_div = 0. The rest, AdamW and packed rows included, is as in grpo.py.
+In the paper these are its equations (5), (6), (7), (4), and (3) for w_k and the sum; its (1) and (2) are GRPO's. γ is
+the paper's β: here β is the weight of the KL, as in all scripts. At γ = 1 every cluster weighs the same, whatever its
+size. A cluster of one has A = 0; with K = 1, R_div = 0. The rest, AdamW and packed rows included, is as in grpo.py.
 
 Departures from the paper, and where its released code differs:
  1. The paper's equation (3) averages inside each cluster and multiplies by w_k too. The released code, and this, only
@@ -27,11 +27,11 @@ Departures from the paper, and where its released code differs:
  4. ε_high = 0.28, 0.9·accuracy and up to 4,194,304 pixels of a picture are the released code's; the paper has one ε.
  5. The paper gives no batch. 384 problems and updates of 128 are both released scripts'; 200 steps of them are the
     paper's two epochs of ViRL39K. The axes of its figures (350 steps) rather say 200 problems a step. t_max is the
-    number of steps.
+    number of steps. The 2,048 tokens of an answer and 6,144 of a prompt are ours.
  6. The released 7B script is plain GRPO (K = 1, 5 answers); the 3B script has K = 2, 12 answers, λ = 0.2, a KL and
     4,096 tokens. Both train the vision tower (here --train_vision), filter groups online and sample with top-p 0.99.
  7. k-means++ and 32 restarts are ours; so is what counts as reasoning where <think> is missing (harness/embedding.py),
-    and that an answer is right from an IoU of .5 on.
+    and that an answer is right from an IoU of .5 on, or with any reward for free text.
 A danger to watch: in a cluster whose answers are all right only R_div varies, and (4) blows it up to unit size; the
 metric only_diversity_clusters is the share of such clusters. So TOY, unlike the paper, has a tenth of the bonus: with
 the whole of it the first tabletop learned nothing.
@@ -39,8 +39,8 @@ the whole of it the first tabletop learned nothing.
 Shapes: P problems, G answers to each, B = P·G answers, T tokens of the longest, D size of an embedding, K clusters.
 
     python mupo.py                                                              a laptop, minutes
-    accelerate launch mupo.py --model Qwen/Qwen2.5-VL-7B-Instruct --dataset ViRL39K/FILE.parquet
-                                                  the paper's size, several GPUs; a local copy, its pictures unpacked
+    accelerate launch mupo.py --model Qwen/Qwen2.5-VL-7B-Instruct --dataset ViRL39K/FILE.parquet --train_vision \
+        --skip_bad_rows                           the paper's size, several GPUs; a local copy, its pictures unpacked
 
 ViRL39K keeps its pictures in an archive beside its table: download both, unpack the archive, and name the table's file.
 
@@ -339,7 +339,7 @@ def main(args):
             labels_PG.append(partition(embeddings_GD, args.clusters, args.min_cluster, seed))
         diversity_PG = torch.stack([diversity(*pair) for pair in zip(embeddings_PGD, labels_PG, strict=True)])
         lam = diversity_weight(step, args.max_steps, args.diversity_weight, args.min_diversity_weight)
-        rewards_PG = plain_PG + lam * rollout.score(is_right) * diversity_PG.to(run.device)
+        rewards_PG = plain_PG + lam * rollout.score(is_right, judge) * diversity_PG.to(run.device)
 
         # --- credit: how much of it does each token carry? ------------------------------------------------------------
         advantages_PG = torch.stack([  # each answer competes with those of its own cluster only

@@ -27,7 +27,8 @@ Departures:
  1. The papers fix the number of epochs; --early_stop ends training once the loss on held-out traces has not fallen that
     many evaluations in a row. The weights are then those of the last step, not of the best.
  2. The batch of 128 and 190 steps, an epoch of 25,000 traces, are VLAA-Thinker's (its 126,000 take 985); learning rate,
-    cosine, a warm-up of 3% and the pixels of a picture are ours. VLAA-Thinker's own code was never released.
+    cosine, a warm-up of 3%, four samples of a teacher and the pixels of a picture are ours, and so is what counts as
+    over-training, ten times the steps. VLAA-Thinker's own code was never released.
  3. The vision tower is frozen unless --train_vision, which is ours too.
 
 Shapes: B traces, T tokens of the longest.
@@ -41,7 +42,6 @@ is refused before it is loaded: have it write its answers elsewhere, and give th
 A healthy run: loss and eval_loss fall together; where eval_loss turns up, over-training begins.
 """
 
-import functools
 import hashlib
 import json
 import os
@@ -67,6 +67,7 @@ from harness.disk import fingerprint
 from harness.flags import MODEL_FLAGS, TRAIN_FLAGS, at_least, launch
 from harness.memory import check_fits_whole
 from harness.problems import WithTraces
+from harness.processor import as_seen
 from harness.prompts import check_problems, prompt_settings
 from harness.run import Run, check_writable, learning_rate
 from harness.sharding import clip_gradients
@@ -206,7 +207,8 @@ def examples_of(run, problems, loaded, judge):
         return teacher_traces(run, problems, loaded, judge)
     if not args.traces:
         return problems
-    found, rows = given_traces(args.traces, args.dataset, problems, functools.partial(is_good, judge=judge))
+    found, rows = given_traces(
+        args.traces, args.dataset, problems, lambda problem, text: is_good(as_seen(problem, args), text, judge))
     run.say(f"{args.traces}: {rows} answers, {len(found)} right, well-formed and distinct, to problems of "
             f"{args.dataset}")
     return found

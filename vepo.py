@@ -29,8 +29,8 @@ Departures from the paper and its released code:
     update when the noised reading is on, so its runs made 2 (--updates_per_step 2).
  6. The paper trains on about 4,200 problems, Geometry3K and MMK12 mixed, for about 160 steps (20 epochs). It does not
     say which problems of MMK12: the first 2,100 are ours.
- 7. --counterfactual blank, a picture of zeros, is ours; so are the other scores of --select that no row of the paper
-    has, and the words of the prompt.
+ 7. --counterfactual blank, a picture of zeros, and the words of the prompt are ours. Of the scores of --select, kl and
+    bottom are the released code's, the others the paper's.
 
 --select runs the paper's baselines and ablations, and a control that must fail (bottom); --select all is grpo.py. See
 also VPPO (KL of the sampled token, top 40%, divided by all tokens), PAPO, and the 80/20 rule (entropy alone: --select

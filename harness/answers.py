@@ -430,10 +430,13 @@ def in_pixels(box: list[float], problem: dict) -> list[float]:
 
 
 def gold_in_pixels(box: list[float], problem: dict) -> list[float]:
-    """A gold box in the same pixels. Gold answers in pixels belong to the picture as the data set has it."""
-    if max(box) <= 1 or "size" not in problem or "images" not in problem:
+    """A gold box in the same pixels. Gold answers in pixels belong to the picture as the data set has it.
+
+    That one's size is problem["original"] where the pictures themselves are not at hand.
+    """
+    if max(box) <= 1 or "size" not in problem or not ("images" in problem or "original" in problem):
         return in_pixels(box, problem)
-    width, height = problem["images"][0].size
+    width, height = problem.get("original") or problem["images"][0].size
     fractions = [box[0] / width, box[1] / height, box[2] / width, box[3] / height]
     return scaled(fractions, problem["size"])
 

@@ -9,7 +9,9 @@ from harness.flags import INSTRUCTION, UserError, of_the_world
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoImageProcessor, AutoTokenizer, PreTrainedTokenizerBase, Qwen2_5_VLProcessor
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
+SIDE = 28  # pixels along a visual token of Qwen2.5-VL: 2 patches of 14
 ANY_WORDS = "How many dogs are in picture 1?"  # of which every tokenizer knows a part
 
 
@@ -49,6 +51,17 @@ def make_processor(folder: str, args: Namespace | None) -> Processor:
     processor.system_prompt = args.system_prompt
     processor.instruction = args.instruction
     return processor
+
+
+def as_seen(problem: dict, args: Namespace) -> dict:
+    """A problem with the `size` of its first picture as the processor resizes it: there an answer's box belongs.
+
+    `encode` notes it too; this is for whoever grades what was not encoded.
+    """
+    first = problem["images"][0]
+    height, width = smart_resize(
+        first.height, first.width, factor=SIDE, min_pixels=args.min_pixels, max_pixels=args.max_pixels)
+    return {**problem, "size": (width, height)}
 
 
 def check_tokenizer(model: str, tokenizer: PreTrainedTokenizerBase, rows: int, chats: bool = True):

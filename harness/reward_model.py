@@ -1,8 +1,8 @@
 """A reward model scores answers in free text, which no rule can check (VLAA-Thinker, arXiv 2504.11468).
 
 Any checkpoint of a sequence classifier with one label that transformers loads is one; it reads the question and the
-answer as text. One of Qwen2.5-VL reads the picture too. Beyond its pictures a reward model sees what a user would see:
-the question without --instruction, and the final answer without the thought.
+answer as text. One of Qwen2.5-VL reads the picture too; other kinds that see are refused. Beyond its pictures a reward
+model sees what a user would see: the question without --instruction, and the final answer without the thought.
 
     judge(problem, answer)       S, the score of one answer; `common.grade` makes a reward of it
     judge.read(problems, texts)  scores the final answers of many texts in batches; S then only looks them up
@@ -84,6 +84,9 @@ def check_kind(name: str, config: PreTrainedConfig, kind: type | None):
     if kind is None:
         raise UserError(f"--reward_model {name} is a {config.model_type}, of which transformers has no sequence "
                         "classifier; name another")
+    if hasattr(config, "vision_config") and config.model_type != "qwen2_5_vl":
+        raise UserError(f"--reward_model {name} is a {config.model_type}, which sees pictures; here only Qwen2.5-VL is "
+                        "shown any, and to read it without would be another model; name another")
     if config.num_labels != 1:
         made = f" (its config.json says {config.architectures[0]})" if config.architectures else ""
         raise UserError(f"--reward_model {name} has {config.num_labels} labels{made}; a reward model has one")

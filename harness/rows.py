@@ -30,9 +30,10 @@ COLUMNS = {
 }
 OPTIONAL = ("verifier", "trace", "id")
 OPTIONS = ("choices", "options", "option")  # one column: a list, or a text such as "A. 5; B. 6"
-OPTION_OF_ITS_OWN = re.compile(r"(?:(?:choice|option|opt)[ _]?)?([a-h])")  # a column for each option
+OPTION_OF_ITS_OWN = re.compile(r"(?:(?:choice|option|opt|op)[ _]?)?([a-h])")  # a column for each option
 UNREAD_OPTIONS = re.compile(
-    r"(?:answer|mc|multiple)_?(?:choice|option)s?|choice|candidates?|distractors?|(?:choice|option|opt)s?[ _]?\d+")
+    r"(?:answer|mc|multiple)_?(?:choice|option)s?|choice|candidates?|distractors?|alternatives?|answer_list|"
+    r"mc\d_targets|(?:choice|option)s?_(?:str|text|list|labels?)|(?:choice|option|opt)s?[ _]?\d+")
 
 
 class RowFault(ValueError):
@@ -143,7 +144,9 @@ def check_pictures(value: object, text: str, columns: dict[str, str], root: Path
 PLACE = re.compile(r"<image[ _]?(\d+)>")
 MATH_VISION = {"options", "level", "subject"}  # it has one picture for each question, in which <image2> is a label
 # Whatever else would reach the model as a picture's place or as a mark of the chat: <img>, <Image>, <|image_pad|>.
-STRAY_MARK = re.compile(r"</?(?:image|img|pic|figure|video|audio)[^<>]*>|\[(?:image|img)\]|<\|\w+\|>", re.IGNORECASE)
+STRAY_MARK = re.compile(
+    r"</?(?:image|img|pic|figure|video|audio)[^<>]*>|\[image\]|\[img[ _]?\d*\]|"
+    r"(?<!\w)\{(?:image|img)[ _]?\d*\}|<\|\w+\|>", re.IGNORECASE)
 
 
 def question_of(row: dict, values: dict, columns: dict[str, str]) -> str:
@@ -204,7 +207,7 @@ def options_of(row: dict) -> list[str]:
             of_their_own[match.group(1).upper()] = str(value)
         elif UNREAD_OPTIONS.fullmatch(name.lower()) or seem_options(name, value):
             raise RowFault(name, value, "these look like options, which the prompt would lack; call the column choices")
-    if "A" not in of_their_own or "B" not in of_their_own:
+    if len(of_their_own) < 2:
         return []
     return in_order("A to H", of_their_own)
 

@@ -50,6 +50,7 @@ from harness.answers import final_answer
 from harness.disk import fingerprint, room_for, write_rows
 from harness.flags import INSTRUCTION, MODEL_FLAGS, at_least, launch
 from harness.phrases import hesitations
+from harness.processor import as_seen
 from harness.prompts import list_skipped, prompt_settings
 from harness.run import Run, write_atomically
 from harness.traces import read_traces
@@ -243,12 +244,14 @@ def row_of(item, dropped="", **made):
     return dict(id=item.problem["id"], dropped=dropped, made=made)
 
 
-def items_of(problems):
-    """The problems without their pictures, as items. `size` is that of the first picture: boxes are graded in it."""
+def items_of(problems, args):
+    """The problems without their pictures, as items. Boxes are graded in the first picture as the models see it, whose
+    `size` they note, beside the `original` one."""
     items = []
     for place, problem in enumerate(tqdm(problems, desc="problems", delay=5, leave=False)):
         known = {name: problem[name] for name in ("id", "problem", "answer", "verifier")}
-        items.append(Item(place, dict(known, size=problem["images"][0].size)))
+        sizes = dict(size=as_seen(problem, args)["size"], original=problem["images"][0].size)
+        items.append(Item(place, known | sizes))
     return items
 
 
@@ -582,7 +585,7 @@ def main(args):
     run = Run(args)
     check_models(run, args)
     problems = load_problems(args.dataset, run)
-    items = items_of(problems)
+    items = items_of(problems, args)
     if not items:
         raise UserError(f"--dataset {args.dataset}: there is no problem in it")
     check_verifiers(args, items)

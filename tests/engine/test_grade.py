@@ -2,9 +2,12 @@
 
 import math
 
-from common import UserError, format_reward, grade, is_right
+from common import UserError, encode, format_reward, grade, is_right
+from harness.flags import of_the_world
+from harness.processor import as_seen, make_processor
 
 import pytest
+from conftest import picture
 
 # --- the format -------------------------------------------------------------------------------------------------------
 
@@ -92,3 +95,19 @@ def test_a_text_without_an_answer_is_wrong(verifier, gold):
     problem = {"id": "0", "answer": gold, "verifier": verifier}
     assert grade(problem, "<think>so</think>") == 0.0
     assert not is_right(problem, "<think>so</think>")
+
+
+@pytest.mark.parametrize("width, height, budget", [
+    (84, 84, {}), (90, 61, {}), (100, 50, dict(min_pixels=20_000)), (300, 200, dict(max_pixels=20_000))])
+def test_a_box_belongs_to_the_picture_as_the_processor_resized_it(folder, width, height, budget):
+    """Whether encoded or not: the same size, and a gold box of the file's pixels is right after resizing alone."""
+    args = of_the_world(**budget)
+    problem = dict(id="p", images=[picture(width, height)], problem="Where?", verifier="iou",
+                   answer=str([0, 0, width / 2, height]))
+    encoded, = encode(make_processor(folder, args), [problem]).problems
+    seen = as_seen(problem, args)
+    assert seen["size"] == encoded["size"]
+    wide, high = seen["size"]
+    without_pictures = {key: value for key, value in seen.items() if key != "images"} | dict(original=(width, height))
+    for known in (seen, encoded, without_pictures):
+        assert grade(known, f"\\boxed{{[0, 0, {wide / 2}, {high}]}}") == pytest.approx(1)

@@ -57,6 +57,15 @@ def test_the_rewards_come_from_the_reward_model(whole):
     assert all(line["grad_norm"] > 0 for line in metrics(whole)[1:])
 
 
+@pytest.mark.parametrize("script, own", [("mupo", ("--clusters", 1)), ("vepo", ())])
+def test_every_script_scores_with_the_reward_model(folder, tmp_path, flags, script, own):
+    """mupo.py also asks which answers are right; a description is by the reward model's word alone."""
+    place = drive(folder, tmp_path / "run", *flags, "--max_steps", 1, *own, script=script)
+    _, rewards = grades(place)
+    assert any(0 < reward < 1 for reward in rewards)
+    assert metrics(place)[-1]["grad_norm"] > 0
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [2, 4])
 def test_several_processes_give_the_rewards_of_one(folder, tmp_path, flags, whole, processes):

@@ -84,8 +84,9 @@ def test_the_papers_steps_are_the_papers_epochs():
     assert sft.warmup_ratio == 0.03
 
 
-def test_vlaas_reinforcement_learning():
-    command, = [command for command in COMMANDS if command.startswith("grpo.py") and "GRPO-25K" in command]
+@pytest.mark.parametrize("size", ["3b", "7b"])
+def test_vlaas_reinforcement_learning(size):
+    command, = [command for command in COMMANDS if f"runs/vlaa-{size}" in command]
     args = values_of(command)[1]
     assert (args.num_generations, args.temperature, args.average, args.format_weight) == (4, 0.8, "answer", 0.0)
     assert (args.prompts_per_step, args.updates_per_step, args.max_steps) == (512, 2, 49)
@@ -109,7 +110,8 @@ def test_the_table_says_what_the_commands_do():
     for name, _, *cells in rows:
         numbers = [re.findall(r"[\d.][\d.e-]*", cell) for cell in cells]
         steps, problems, answers, updates, rate, clip, kl, _ = numbers
-        shown = [steps[0], problems[0], *(answers or [None]), updates[0], rate[0], *(clip or [None, None]), *(kl or [None])]
+        shown = [steps[0], problems[0], *(answers or [None]), updates[0], rate[0]]
+        shown += [*(clip or [None, None]), *(kl or [None])]
         assert [value if value is None else float(value) for value in shown] == row_of(commands[f"runs/{name}"]), name
 
 

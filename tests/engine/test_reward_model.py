@@ -9,7 +9,7 @@ import shutil
 import common
 from common import UserError, forced, grade, is_right, load_judge
 from harness.flags import of_the_world
-from harness.reward_model import Qwen2_5_VLForSequenceClassification
+from harness.reward_model import Qwen2_5_VLForSequenceClassification, check_kind
 from tabletop import models
 
 import pytest
@@ -25,6 +25,7 @@ from transformers import (
     AutoConfig,
     AutoModelForSequenceClassification,
     BertConfig,
+    Gemma3Config,
     PreTrainedTokenizerFast,
     Qwen2Config,
 )
@@ -94,6 +95,11 @@ def make(place, kind, **changes):
     model.save_pretrained(place)
     tokenizer.save_pretrained(place)
     return str(place)
+
+
+def test_a_model_that_sees_but_would_be_shown_nothing_is_refused():
+    with pytest.raises(UserError, match="is a gemma3, which sees pictures"):
+        check_kind("some/model", Gemma3Config(num_labels=1), AutoModelForSequenceClassification)
 
 
 @pytest.fixture(scope="module")
