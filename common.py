@@ -39,6 +39,7 @@ from harness.attention import NAME as PACKED_ROWS
 from harness.attention import SharedPrompts, pack_rows
 from harness.cache import block_cache, wave_size, waves
 from harness.disk import room_for, written_beside
+from harness.embedding import ngrams, reasoning, spread
 from harness.flags import UserError, is_toy, of_the_world
 from harness.memory import LOGITS
 from harness.processor import Processor, check_tokenizer, loading, make_processor
@@ -677,24 +678,35 @@ def is_right(problem: dict, text: str, judge: Callable | None = None) -> bool:
 def evaluate(
     run: Run, policy: Policy, processor: Processor, held_out: Sequence[dict], judge: RewardModel | None = None,
 ) -> dict[str, float]:
-    """Held-out pass@1: mean accuracy over problems at temperature 1, with a 95% bootstrap interval; {} without any.
+    """Held-out pass@1: mean accuracy over problems at temperature 1, with a 95% bootstrap interval; and the diversity
+    of reasoning, where a problem has several answers. {} without any problem.
 
     The draws depend on the seed and the problem alone, so that two measurements of a run are paired.
     """
     if not held_out:
         return {}
     args = run.args
+    G = args.num_generations_eval
     mine = held_out[run.rank::run.world]
     rollout = sample(  # a process without a problem of its own samples too: the weights are gathered by all
-        policy, processor, mine or held_out[:1], args.num_generations_eval, seed=(args.seed, "eval"),
+        policy, processor, mine or held_out[:1], G, seed=(args.seed, "eval"),
         max_completion_length=args.max_completion_length, sample_batch_size=args.sample_batch_size)
     right_PG = rollout.score(is_right, judge).cpu().double().numpy()
-    accuracy_P = right_PG.mean(1)[:len(mine)]
-    everyones_P = np.empty(len(held_out))
-    for rank, theirs in enumerate(run.gather(accuracy_P)):
-        everyones_P[rank::run.world] = theirs  # in the order of the problems, so that the interval is one process's too
-    mean, low, high = bootstrap(everyones_P)
-    return dict(eval_accuracy=mean, eval_low=low, eval_high=high)
+    mean, low, high = bootstrap(everyones(run, right_PG.mean(1)[:len(mine)], len(held_out)))
+    found = dict(eval_accuracy=mean, eval_low=low, eval_high=high)
+    if G > 1:
+        thoughts = [reasoning(text) for text in rollout.texts]
+        diversity_P = [spread(ngrams(thoughts[p * G:(p + 1) * G])) for p in range(len(mine))]
+        found["eval_diversity"] = float(everyones(run, diversity_P, len(held_out)).mean())
+    return found
+
+
+def everyones(run: Run, mine: Sequence[float], problems: int) -> np.ndarray:
+    """A number for each of the held-out problems, (problems,), in their order: one process would have the same."""
+    found_P = np.empty(problems)
+    for rank, theirs in enumerate(run.gather(mine)):
+        found_P[rank::run.world] = theirs
+    return found_P
 
 
 def report():

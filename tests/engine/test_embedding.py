@@ -1,5 +1,9 @@
-"""harness.embedding: which part of an answer argues, and texts as vectors."""
+"""harness.embedding: which part of an answer argues, texts as vectors, and how far they lie apart."""
 
+import itertools
+from argparse import Namespace
+
+import common
 from harness.embedding import load_embedder, ngrams, reasoning
 from harness.flags import UserError
 
@@ -37,3 +41,19 @@ def test_ngrams_of_texts_without_words_are_zeros_not_nan():
 def test_an_embedder_that_does_not_exist_is_one_line():
     with pytest.raises(UserError, match="--embedder no/such is no folder or name of a model, nor ngrams"):
         load_embedder("no/such", torch.device("cpu"))
+
+
+def test_the_diversity_of_held_out_answers_pair_by_pair(policy, processor, problems):
+    """evaluate's mean over problems, of 1 - cos over all pairs of answers; and none where there are no pairs."""
+    args = Namespace(num_generations_eval=3, seed=1, max_completion_length=6, sample_batch_size=0)
+    run = Namespace(args=args, rank=0, world=1, device=torch.device("cpu"), gather=lambda mine: [mine])
+    found = common.evaluate(run, policy, processor, problems)["eval_diversity"]
+    rollout = common.sample(policy, processor, problems, 3, seed=(1, "eval"), max_completion_length=6)
+    each = []
+    for p in range(len(problems)):
+        vectors_GD = ngrams([reasoning(text) for text in rollout.texts[3 * p:3 * p + 3]])
+        each.append([1 - float(one @ other) for one, other in itertools.combinations(vectors_GD, 2)])
+    assert 0.1 < found < 1
+    assert found == pytest.approx(float(torch.tensor(each).mean()), abs=1e-6)
+    args.num_generations_eval = 1
+    assert "eval_diversity" not in common.evaluate(run, policy, processor, problems)
