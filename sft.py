@@ -42,7 +42,7 @@ is refused before it is loaded: have it write its answers elsewhere, and give th
 A healthy run: loss and eval_loss fall together; where eval_loss turns up, over-training begins.
 
 What the tabletop says (results/sft_or_rl.json, five seeds): before the same RL, SFT on traces in the model's own words
-ends above RL alone, pass@1 .90 against .88; on traces in another's words it ends far below, at .13, or over-trained .69.
+ends above RL alone, pass@1 .90 against .88; on traces in another's it ends far below, at .13, or over-trained .69.
 """
 
 import hashlib
