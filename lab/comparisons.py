@@ -162,7 +162,7 @@ def ways(groups, path):
                "most central answer." + left_out)
     with matplotlib.rc_context(CLUSTER_STYLE):
         figure = frame("The same problems, answered by each model", caption, 1.75 * len(groups) + 0.8)
-        figure.get_layout_engine().set(w_pad=0.1)
+        figure.get_layout_engine().set(w_pad=0.1, h_pad=0.14)  # room for the problems' texts, which have no part in it
         ratios = [1.2, *[1.7] * len(models), 4.0]
         axes = figure.subplots(
             len(groups), len(ratios), squeeze=False, width_ratios=ratios, subplot_kw=dict(anchor="NW"))
@@ -185,7 +185,10 @@ def draw_ways(group, models, planes, key_axis):
         draw_marks(axis, spots, labels, right=right, chosen=whose == number)
         frame_plane(axis, points, share)
         mine = right[whose == number]
-        axis.set_xlabel(f"{drawable(model, 24)}: {mine.sum()} of {len(mine)} right\n{axis.get_xlabel()}")
+        said = f"{drawable(Path(model).name, 17)}\n{mine.sum()} of {len(mine)} right"
+        if number == 0:
+            said += f"\n{axis.get_xlabel()}"  # it is the same for all
+        axis.set_xlabel(said)
     row = dict(embeddings=together.numpy(), texts=texts)
     for place, name in enumerate(np.unique(labels)):
         counts = ", ".join(str(((labels == name) & (whose == number)).sum()) for number in range(len(models)))

@@ -93,7 +93,7 @@ def test_all_models_share_a_plane_and_its_clusters(tmp_path, figures):
     assert base.get_xlim() == trained.get_xlim()
     hollow = [marks for marks in base.collections if len(marks.get_offsets()) and same(marks.get_facecolor(), "white")]
     assert sum(len(marks.get_offsets()) for marks in hollow) == 3
-    assert base.get_xlabel().startswith("base: 4 of 7 right")
+    assert base.get_xlabel().startswith("base\n4 of 7 right")
     labels = comparisons.clusters_of(one["embeddings"], "p0")
     counts = [text.get_text().splitlines()[0] for text in key.texts]
     expected = [f"answers: {(labels[:7] == name).sum()}, {(labels[7:] == name).sum()}" for name in range(3)]
