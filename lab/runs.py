@@ -232,12 +232,12 @@ class Bench:
             os.utime(folder / "job.json", (made, made))
 
     def is_missed(self, name, seed):
-        """Whether a finished run lies here without its model (lab/carry.py), and a run that is not done starts there.
+        """Whether a finished run lies here without its model (lab/carry.py), and a run starts there that is to be made.
         """
         if (self.folder(name, seed) / self.specs[name].last).exists():
             return False
         followers = [other for other, spec in self.specs.items() if spec.start == name and seed in spec.seeds]
-        return any(self.job(other, seed) is None for other in followers)
+        return any(self.job(other, seed) is None or self.is_missed(other, seed) for other in followers)
 
     def run(self, words, key, seat):
         """Runs one script at a seat until it ends, and counts its steps meanwhile. Returns its exit status."""

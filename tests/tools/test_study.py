@@ -235,6 +235,17 @@ def test_a_model_that_did_not_travel_is_made_again_where_a_run_starts_from_it(ho
     assert len((home / "calls").read_text().split()) == before + 2
 
 
+def test_a_whole_chain_of_models_is_made_again_for_the_last(home):
+    """The measurement alone is missing: its model, and the model which that one started from, did not travel."""
+    specs = few()
+    bench_of(home, specs).make_all()
+    shutil.rmtree(home / "runs/toy/eval-sft-grpo-1")
+    before = len((home / "calls").read_text().split())
+    carried(home, specs).make_all()
+    made = [os.path.basename(call) for call in (home / "calls").read_text().split()[before:]]
+    assert made == ["sft-1", "sft-grpo-1", "eval-sft-grpo-1"]
+
+
 def test_a_table_is_the_same_from_what_was_carried(played, tmp_path):
     """With two data sets, several verifiers, and the traces that warm starts learned from."""
     for name in ("stage1", "sft_or_rl"):
