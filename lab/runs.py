@@ -310,6 +310,7 @@ class Bench:
                     future.result()
                 bar.set_postfix_str(self.progress([names[future] for future in left]), refresh=False)
                 bar.update(len(done))
+                bar.refresh()  # tqdm shows nothing for a long time where runs that were done before went by at once
 
     def progress(self, names):
         """How long the runs `names` will still take, and which steps are being done."""
