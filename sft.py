@@ -133,7 +133,7 @@ def flags(parser):
                         help="train for whole epochs (0: --max_steps)")
     parser.add_argument("--early_stop", type=at_least(0), default=0,
                         help="stop after so many evaluations without a lower loss (0: never)")
-    parser.add_argument("--held_out_traces", type=at_least(0), default=64, help="traces kept for eval_loss")
+    parser.add_argument("--held_out_traces", type=at_least(0), default=64, help="traces held back for eval_loss")
     parser.add_argument("--loss_steps", type=at_least(1), default=10, help="eval_loss every so many steps")
 
 
@@ -280,7 +280,7 @@ def main(args):
     examples = examples_of(run, problems, loaded, judge)
     examples, held_out = check_problems(run, processor, examples, held_out, graded=False)
     traces = traces_of(args, examples)
-    kept = examples[:args.held_out_traces]
+    held_back = examples[:args.held_out_traces]
     examples = examples[args.held_out_traces:]
     args.max_steps = number_of_steps(args, processor.tokenizer, traces[args.held_out_traces:])
     optimizer = torch.optim.AdamW(trained_weights(policy), lr=args.learning_rate, weight_decay=args.weight_decay)
@@ -308,8 +308,8 @@ def main(args):
         metrics = dict(
             loss=loss, grad_norm=grad_norm, learning_rate=learning_rate(step, args), **rollout.metrics(run),
         )
-        if kept and run.due(args.loss_steps):
-            mine = kept[run.rank::run.world]
+        if held_back and run.due(args.loss_steps):
+            mine = held_back[run.rank::run.world]
             unseen = forced(policy, processor, mine, [example["trace"] for example in mine])
             metrics["eval_loss"] = loss_on(run, unseen, cost, readers=readers, train=False)
             run.state["eval_losses"].append(metrics["eval_loss"])

@@ -456,7 +456,7 @@ TOY = dict(
     caption_prompt=toy.CAPTION, reason_prompt=toy.REASON, rewrite_prompt=toy.REWRITE, show_picture="reason,rewrite",
     max_completion_length=160, min_pixels=784,
 )
-TABLES = (MODEL_FLAGS,)
+TABLES = ([flag for flag in MODEL_FLAGS if flag.name != "reward_model"],)  # here --verify_model judges
 
 
 def flags(parser):

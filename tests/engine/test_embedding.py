@@ -57,3 +57,23 @@ def test_the_diversity_of_held_out_answers_pair_by_pair(policy, processor, probl
     assert found == pytest.approx(float(torch.tensor(each).mean()), abs=1e-6)
     args.num_generations_eval = 1
     assert "eval_diversity" not in common.evaluate(run, policy, processor, problems)
+
+
+def test_the_diversity_of_held_out_answers_is_of_their_reasoning(policy, processor, problems, monkeypatch):
+    """Answers that argue alike are not diverse, whatever they conclude; and the other way round."""
+    args = Namespace(num_generations_eval=2, seed=1, max_completion_length=6, sample_batch_size=0)
+    run = Namespace(args=args, rank=0, world=1, device=torch.device("cpu"), gather=lambda mine: [mine])
+    sample = common.sample
+
+    def saying(one, other):
+        """`evaluate`, where every problem is answered by these two texts."""
+        def sampled(*given, **more):
+            rollout = sample(*given, **more)
+            rollout.texts = [one, other] * len(problems)
+            return rollout
+        monkeypatch.setattr(common, "sample", sampled)
+        return common.evaluate(run, policy, processor, problems)["eval_diversity"]
+
+    same = "<think> so it is </think>"
+    assert saying(f"{same} \\boxed{{1}}", f"{same} \\boxed{{a long and different end}}") == pytest.approx(0, abs=1e-6)
+    assert saying("<think> this way </think> \\boxed{1}", "<think> by another </think> \\boxed{1}") == pytest.approx(1)
