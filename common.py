@@ -2,7 +2,7 @@
 
     load      load_policy, save_policy, load_problems    Qwen2.5-VL of any size, whole or sharded, and what it is asked
               load_judge                                 a reward model, for answers in free text
-    encode    encode, check_problems                     problems to token ids and picture patches
+    encode    encode                                     problems to token ids and picture patches
     sample    sample, forced                             the first verb: a model makes answers
     read      read, token_logps, token_entropy           the second verb: a model looks at answers
     grade     grade, is_right, format_reward             one verifier for each problem
@@ -70,8 +70,8 @@ VISION_TOKENS = ["<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|imag
 class Policy(transformers.Qwen2_5_VLForConditionalGeneration):
     """Qwen2.5-VL in two halves, body and head, so that logits exist for a few positions at a time only.
 
-    Its three methods are registered as forward methods when the model is sharded: a submodule that is called from
-    outside them would meet shards instead of weights.
+    When the model is sharded, body, head and head_in_chunks are registered as forward methods: a submodule that is
+    called outside them would see shards instead of whole weights.
     """
 
     @classmethod
@@ -94,8 +94,8 @@ class Policy(transformers.Qwen2_5_VLForConditionalGeneration):
         self, ids_RL: torch.Tensor, positions_3RL: torch.Tensor, mask: torch.Tensor | dict,
         pixels: torch.Tensor | None = None, grids: torch.Tensor | None = None, cache: DynamicCache | None = None,
     ) -> torch.Tensor:
-        """Hidden states (R, L, D). mask: 1 at tokens, 0 at padding, (R, L); or what tokens see where that is no mask: a
-        pass of packed rows, then R is 1, or the prompts of decoded answers, then L is 1.
+        """Hidden states (R, L, D). mask: (R, L), 1 at tokens and 0 at padding. In its place there may be PackedRows,
+        to read packed rows (R is 1), or SharedPrompts, to decode answers (L is 1).
 
         Rotary positions are always passed: the model's own guess is 1-D after a prefill.
         """
@@ -123,9 +123,9 @@ class Policy(transformers.Qwen2_5_VLForConditionalGeneration):
         policies = [policy for policy, _ in others]
 
         def one_chunk(tokens_n: torch.Tensor, hidden_nD: torch.Tensor, *other_hiddens_nD: torch.Tensor) -> tuple:
-            # The class's own head, not the registered one: that would reduce the gradient after every chunk, and
-            # processes with other numbers of chunks would wait for each other for ever. A teacher is only read: its
-            # registered head gathers its weights, and has no gradient to reduce.  # trap: unwrapped forward
+            # The class's own head, not the registered one: the registered head would reduce the gradient after every
+            # chunk, and processes with different numbers of chunks would wait for each other forever. A teacher is
+            # only read: its registered head gathers weights, and has no gradient to reduce.  # trap: unwrapped forward
             logits_nV = [Policy.head(self, hidden_nD, temperature)]
             for policy, other_nD in zip(policies, other_hiddens_nD, strict=True):
                 if policy is self:
@@ -149,8 +149,8 @@ def load_policy(
 ) -> tuple[Policy, Processor]:
     """The model and processor called `name`: toy, toy-teacher, a folder in the hub's layout, or a name on the hub.
 
-    Without `run`: whole, on the CPU. With it: on the run's device, sharded over its processes where there are several
-    or a GPU. `train` keeps gradients (the vision tower's too if args.train_vision) and makes the weights fp32 masters;
+    Without `run`: whole, on the CPU. With it: on the run's device, and sharded if there is a GPU or more than one
+    process. `train` keeps gradients (the vision tower's too if args.train_vision) and makes the weights fp32 masters;
     a model that is only read, such as a teacher, stays in its checkpoint's own dtype.
     """
     if args is None and run is not None:
@@ -170,7 +170,7 @@ def load_policy(
             policy = load_shards(folder, config, dtype, run.device)
         else:
             policy = load_whole(folder, dtype)
-    policy.own_dtype = own_dtype  # it will be saved as what it was
+    policy.own_dtype = own_dtype  # the dtype that save_policy writes
     policy.set_vocabulary(processor.tokenizer)
     policy.requires_grad_(train)
     policy.model.visual.requires_grad_(train and args.train_vision)
@@ -205,7 +205,7 @@ def find_model(name: str, run: Run | None = None) -> str:
 
 def load_whole(folder: str, dtype: torch.dtype) -> Policy:
     """The whole model on the CPU; UserError unless the checkpoint holds every weight, and no other."""
-    # Loaded as what it is, then given our two halves: the hub's key names are translated by the class's own name.
+    # Loaded as transformers' own class, by whose name the hub's key names are translated; only then made a Policy.
     policy, report = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype, output_loading_info=True)
     wrong = [*report["missing_keys"], *report["unexpected_keys"], *report["mismatched_keys"]]
     if wrong:
@@ -215,7 +215,7 @@ def load_whole(folder: str, dtype: torch.dtype) -> Policy:
 
 
 def load_shards(folder: str, config: transformers.PretrainedConfig, dtype: torch.dtype, device: torch.device) -> Policy:
-    """The model with every weight split over all processes; no process but the first ever holds a whole copy."""
+    """The model with every weight split over a node's processes; no process but the first ever holds a whole copy."""
     with init_empty_weights():  # weights on the meta device, buffers (rotary frequencies) real
         policy = Policy.of(AutoModelForImageTextToText.from_config(config, dtype=dtype))
     policy.tie_weights()
@@ -233,8 +233,8 @@ def trained_weights(policy: Policy) -> list[torch.nn.Parameter]:
 def save_policy(policy: Policy, processor: Processor, folder: str, is_main: bool = True):
     """Writes the hub's layout: safetensors, config, tokenizer, preprocessor_config. A collective call when sharded.
 
-    The weights have the dtype that the model was loaded from, whatever it was trained in. UserError where the disk is
-    full. What makes a folder a model comes last, so that half a model is never taken for one.
+    The weights have the dtype that the model was loaded from, whatever it was trained in. UserError if the disk is
+    full. config.json and preprocessor_config.json are written last, so that half a model is never taken for a model.
     """
     weights = sharding.whole_weights(policy)
     if not is_main:
@@ -365,7 +365,9 @@ def sample(
     G = num_generations
     group_B = torch.arange(len(problems)).repeat_interleave(G)
     rollout = blank(processor, problems, group_B, T=max_completion_length, device=policy.device)
-    rollout.temperature = temperature or 1.0
+    rollout.temperature = temperature
+    if temperature == 0:  # greedy: log-probs and entropies are those at temperature 1
+        rollout.temperature = 1.0
     with sharding.gathered(policy):
         size = sample_batch_size or wave_size(policy, rollout, G)
         for members, numbers in tqdm(waves(len(problems), G, size), desc="sampling", delay=5, leave=False):
@@ -378,7 +380,7 @@ def sample(
 
 
 def cut_to_longest(rollout: Rollout):
-    """Drops the columns behind the longest answer."""
+    """Drops the columns after the longest answer."""
     T = 1
     if len(rollout.mask_BT) > 0:
         T = max(T, int(rollout.mask_BT.sum(1).max()))
@@ -483,7 +485,7 @@ def inverse_cdf(probs_BV: torch.Tensor, uniform_B: torch.Tensor) -> torch.Tensor
 
 
 def forced(policy: Policy, processor: Processor, problems: Iterable[dict], texts: Sequence[str]) -> Rollout:
-    """A Rollout of given texts, one to each problem, each closed by the end token. Nothing is sampled."""
+    """Teacher forcing: a Rollout of given texts, one for each problem, each with its end token. Nothing is sampled."""
     tokenizer = processor.tokenizer
     ids = [tokenizer(text).input_ids + [tokenizer.eos_token_id] for text in texts]  # trap: end of text
     longest = max(len(row) for row in ids)
@@ -510,7 +512,7 @@ class Reading:
 def read(
     fn: Callable, rollout: Rollout, *readings: Policy | Reading, batches: Sequence[torch.Tensor] | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, ...]:
-    """Has models look at the rollout's pictures and answers, and makes a few numbers of their logits at each token.
+    """Runs models over the rollout's pictures and answers, and reduces their logits to a few numbers per answer token.
 
     fn(*logits_NV, tokens_N), one logits for each reading, gives a tensor (N, ...) or several. Returns the same as
     (B, T, ...), 0 outside the mask. `batches` are index tensors of answers that share a forward pass (default: all in
@@ -551,7 +553,9 @@ def read_once(fn: Callable, part: Rollout, readings: Sequence[Reading]) -> tuple
 
 def check_finite(fn: Callable, value_N: torch.Tensor, part: Rollout, row_N: torch.Tensor):
     """UserError naming the first problem at whose answer fn gave something that is not finite."""
-    finite_N = value_N.isfinite().flatten(1).all(1) if value_N.dim() > 1 else value_N.isfinite()
+    finite_N = value_N.isfinite()
+    if finite_N.dim() > 1:
+        finite_N = finite_N.flatten(1).all(1)
     if finite_N.all():
         return
     n = int((~finite_N).nonzero()[0])
@@ -561,11 +565,11 @@ def check_finite(fn: Callable, value_N: torch.Tensor, part: Rollout, row_N: torc
 
 
 def pack(rollout: Rollout, reading: Reading) -> tuple[dict, torch.Tensor]:
-    """The inputs of one forward pass: a packed row for each group, its prompt once, its answers behind it side by side.
+    """The inputs of one forward pass: a packed row for each group, its prompt once, then its answers.
 
-    The rows lie one behind the other, without padding. An answer token sees the prompt and its own answer up to itself;
-    rotary positions start anew after the prompt for every answer. Returns body's inputs, and the place of the state
-    that predicts each answer token: for the first token of every answer that is the prompt's last.
+    The rows are concatenated, without padding. An answer token sees the prompt and its own answer up to itself; rotary
+    positions restart after the prompt for every answer. Returns body's inputs, and the index of the hidden state that
+    predicts each answer token: for the first token of every answer it is that of the prompt's last token.
     """
     lengths_B = rollout.mask_BT.sum(1)
     up_to_end_BT = torch.arange(rollout.mask_BT.shape[1], device=lengths_B.device) < lengths_B[:, None]
@@ -636,7 +640,8 @@ def format_reward(problem: dict, text: str) -> float:
 def grade(problem: dict, text: str, judge: Callable | None = None) -> float:
     """Reward in [0, 1] of an answer text to a problem (dict with answer and verifier; for iou also images, or size).
 
-    One verifier for each problem, never a weighted sum (VLAA-Thinker, arXiv 2504.11468); no readable answer earns 0.
+    One verifier for each problem, never a weighted sum (VLAA-Thinker, arXiv 2504.11468). A text from which no answer
+    can be read earns 0.
     judge(problem, answer) -> float scores a free answer; without one an open_ended problem raises UserError.
     An answer's box in pixels belongs to the picture as the processor resized it, which is what the model saw: its size
     is problem["size"], as `encode` notes it. A gold box in pixels belongs to images[0] and is scaled to that size.
@@ -718,8 +723,8 @@ def report():
 def finish(run: Run, policy: Policy, processor: Processor):
     """Saves the model where others can load it, draws curves.png and report.html, removes the checkpoints.
 
-    It stands after the loop, so a loop that was left by `break` ends here too. `run.stop()` before run.due ends a run
-    in better order: the step is the last, held-out accuracy is measured once more, and a checkpoint remembers it.
+    It is called after the loop, so a loop left by `break` ends here too. It is cleaner to call `run.stop()` before
+    run.due: that step is then the last, held-out accuracy is measured once more, and a checkpoint records the end.
     """
     run.listen_no_more()  # a signal ends the process again: the last checkpoint stands until all is written
     run.bar.close()
@@ -727,9 +732,9 @@ def finish(run: Run, policy: Policy, processor: Processor):
         run.say(f"ended after step {run.done} of {run.args.max_steps}")
     save_policy(policy, processor, run.folder, run.is_main)
     if run.is_main:
-        page = "nothing: no step was finished"
+        look = "no step was finished"
         if run.done > 0:
             with room_for("the page", run.folder, needed=PAGE):
-                page = report().finish(run.folder, run.pictures)
-        run.say(f"look at {page}; the model is in {run.folder}")
+                look = f"look at {report().finish(run.folder, run.pictures)}"
+        run.say(f"{look}; the model is in {run.folder}")
     run.end()

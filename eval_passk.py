@@ -6,23 +6,24 @@ one and lowers the other.
     pass@k = 1 − C(n − c, k) / C(n, k)      per problem, from n samples of which c are right; mean over problems   (1)
 
 It is the paper's equation (1) too (Chen et al. 2021, arXiv 2107.03374): unbiased for every k ≤ n; k > n is an error.
-Beside it: acc@1, the greedy answer; the number of distinct final answers among the n; the diversity of the n
-reasonings, their mean pairwise cosine distance as in mupo.py (--embedder); the entropy of the full vocabulary, the
-length of an answer, its phrases of hesitation ("wait", "double-check": harness/phrases.py) and the share of truncated
-ones; everything for each verifier too. Intervals are 95% percentile bootstraps over problems (10,000 draws); a contrast
-with the first model resamples the same problems for both: that of `diversity` is its fall in training.
+Also measured: acc@1, the accuracy of the greedy answer; the number of distinct final answers among the n; the
+diversity of the n reasonings, their mean pairwise cosine distance as in mupo.py (--embedder); the entropy of the
+next-token distribution; the length of an answer; its phrases of hesitation ("wait", "double-check":
+harness/phrases.py); the share of truncated answers. Everything is given for each verifier too. Intervals are 95%
+percentile bootstraps over problems (10,000 draws). A contrast with the first model resamples the same problems for
+both; if that is the model before training, the contrast of `diversity` shows how far it fell.
 
 An answer counts as right when its reward is 1; a box when its IoU is at least .5; a judged answer when above 0.
 
-Every answer depends on (seed, problem, its number) alone and is kept in samples.jsonl: a stopped evaluation goes on
-where it was, one with another model added measures that model only.
+Every answer depends on (seed, problem, its number) alone and is kept in samples.jsonl: a stopped evaluation continues
+where it stopped, and if a model is added, only that model is measured.
 
     python eval_passk.py --model toy,runs/grpo-toy-1 --dataset toy@test,toy@ood
     accelerate launch eval_passk.py --model Qwen/Qwen2.5-VL-7B-Instruct,my/checkpoint --dataset hiyouga/geometry3k@test
 
-Writes samples.jsonl, eval.json and pictures into --output_dir, and prints a table: pass_at_k.png; diversity.png, acc@4
-against diversity, a dot for each problem; of several models also phrases.png, how often each phrase of hesitation
-stands in an answer, and ways.png, the answers of all models to four problems in one plane.
+Prints a table, and writes samples.jsonl, eval.json and pictures into --output_dir: pass_at_k.png; diversity.png, acc@4
+against diversity with a dot for each problem; for several models also phrases.png, how often each phrase of hesitation
+occurs in an answer, and ways.png, the answers of all models to four problems, projected onto a plane.
 """
 
 import json
@@ -64,7 +65,9 @@ def pass_at_k(n, c, k):
     if k < 1 or (k > n).any() or (c < 0).any() or (c > n).any():  # trap: pass at k
         raise ValueError(f"pass@{k} needs 1 <= k <= n and 0 <= c <= n, not n = {n}, c = {c}")
     i = np.arange(k)
-    missed = np.prod(np.maximum(n[..., None] - c[..., None] - i, 0) / (n[..., None] - i), axis=-1)
+    left = n[..., None] - i
+    wrong_left = np.maximum(n[..., None] - c[..., None] - i, 0)
+    missed = np.prod(wrong_left / left, axis=-1)
     if missed.ndim == 0:
         return float(1 - missed)
     return 1 - missed

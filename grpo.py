@@ -21,10 +21,10 @@ Departures from the paper, as in today's recipes for vision-language models:
     --average answer: only another weight. A KL term stays a mean over tokens.
  2. β is 0, and then no reference model is loaded. With --beta the reference is the starting model throughout. k3
     averages to KL(π_θ‖π_ref); differentiated as a loss it gives the gradient of KL(π_ref‖π_θ).
- 3. The reference is never renewed, and rewards are rules, not a model (but for answers in free text, with
-    --reward_model, whose scale, OPEN_ENDED_BETA, is ours). The z-score has 1e-6 in its denominator. 0.9 and 0.1 are
-    EasyR1's (VLAA-Thinker has no format reward: --format_weight 0); that an answer in <answer> tags is well-formed too
-    is ours.
+ 3. The reference is never updated. Rewards come from rules, not from a model, except for answers in free text
+    (--reward_model; its scale, OPEN_ENDED_BETA, is ours). The z-score has 1e-6 in its denominator. The weights 0.9 and
+    0.1 are EasyR1's (VLAA-Thinker has no format reward: --format_weight 0). Accepting an answer in <answer> tags as
+    well-formed is ours.
  4. The vision tower is frozen unless --train_vision.
  5. Groups whose advantages are all zero are not read (with --beta they are): they have no gradient. Their tokens still
     count in (4).
@@ -35,9 +35,9 @@ Departures from the paper, as in today's recipes for vision-language models:
  7. Answers that run into the limit keep their reward and their gradient; --mask_truncated is ours. So are G = 8 and the
     words of the prompt (--instruction).
 
-Shapes: P problems, G answers to each, B = P·G answers, T tokens of the longest; b is a part of B, the answers of one
-forward pass. weight is 0 after an answer's end. All of them are this process's share: what steers the loop must be a
-number of all processes, run.sum or run.mean.
+Shapes: P problems, G answers to each, B = P·G answers, T tokens of the longest; b is the subset of B in one forward
+pass. weight is 0 after an answer's end. A tensor holds this process's share only: a number that steers the loop must
+first be reduced over all processes, with run.sum or run.mean.
 
     python grpo.py                                                              a laptop, minutes
     accelerate launch grpo.py --model Qwen/Qwen2.5-VL-7B-Instruct               the paper's size, several GPUs
@@ -99,7 +99,7 @@ def is_clipped(logp_BT, old_logp_BT, advantage_BT, epsilon, epsilon_high):
 
 
 def token_weights(mask_BT, average):
-    """(B, T) → (B, T). "token": every token weighs 1. "answer": every answer does, so a token weighs 1/|o_b|."""
+    """(B, T) → (B, T). "token": every token weighs 1. "answer": every answer weighs 1, each of its tokens 1/|o_b|."""
     if average == "token":
         return mask_BT
     return mask_BT / mask_BT.sum(1, keepdim=True)
@@ -133,15 +133,15 @@ TOY = dict(
 
 def flags(parser):
     parser.add_argument("--epsilon", type=not_negative, default=0.2, help="ε_low, how far the ratio may fall")
-    parser.add_argument("--epsilon_high", type=not_negative, default=0.2, help="ε_high, how far it may rise")
+    parser.add_argument("--epsilon_high", type=not_negative, default=0.2, help="ε_high, how far the ratio may rise")
     parser.add_argument("--average", choices=("token", "answer"), default="token",
-                        help="average over tokens, or over answers first")
+                        help="average over all tokens, or within each answer first")
     parser.add_argument("--beta", type=not_negative, default=0.0, help="β, weight of the KL to the starting model")
     parser.add_argument("--kl_target", type=not_negative, default=0.0, help="adapt β towards this KL (0: β stays)")
     parser.add_argument("--mask_truncated", action="store_true",
                         help="leave truncated answers out of the loss (the KL keeps them)")
     parser.add_argument("--format_weight", type=share, default=0.1,
-                        help="weight of the format in the reward; the accuracy has the rest")
+                        help="weight of the format reward; accuracy gets the rest")
 
 
 def check_flags(args):
@@ -221,7 +221,7 @@ def main(args):
         weight_BT = token_weights(mask_BT, args.average)
         if args.mask_truncated:
             weight_BT = weight_BT * rollout.finished_B[:, None]
-        # Unread answers only save time; what is to leave the normaliser needs weight 0.
+        # Not reading an answer only saves time. To leave it out of the normaliser, give it weight 0.
         read_B = (advantages_PG != 0).any(1).repeat_interleave(args.num_generations)
         if reference is not None:
             read_B[:] = True  # with a KL every answer has a gradient

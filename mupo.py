@@ -14,13 +14,14 @@ of answer i:
     A_i      = w_k·(R_i − mean_k R)/(std_k R + 1e-6),     w_k = (G/(K·|C_k|))^γ                                 (4)
     L        = Σ_bt weight_bt·ℓ_bt / Σ_bt weight_bt       ℓ as in grpo.py, eq. (2) and (3): GRPO's clipped loss (5)
 
-In the paper these are its equations (5), (6), (7), (4), and (3) for w_k and the sum; its (1) and (2) are GRPO's. γ is
-the paper's β: here β is the weight of the KL, as in all scripts. At γ = 1 every cluster weighs the same, whatever its
-size. A cluster of one has A = 0; with K = 1, R_div = 0. The rest, AdamW and packed rows included, is as in grpo.py.
+In the paper, (1) to (3) are its equations (5) to (7), (4) is its (4), and w_k and the sum (5) are its (3); its (1)
+and (2) are GRPO's. γ is the paper's β: here β is the weight of the KL, as in all scripts. At γ = 1 every cluster
+weighs the same, whatever its size. A cluster of one has A = 0; with K = 1, R_div = 0. The rest, AdamW and packed rows
+included, is as in grpo.py.
 
 Departures from the paper, and where its released code differs:
- 1. The paper's equation (3) averages inside each cluster and multiplies by w_k too. The released code, and this, only
-    multiply each answer by w_k; --balance 2 is the paper's equation with its β at 1, up to a constant.
+ 1. The paper's equation (3) averages inside each cluster and also multiplies by w_k. The released code and this file
+    only multiply each advantage by w_k; --balance 2 is the paper's equation with its β at 1, up to a constant.
  2. The ratio is per token, the paper writes it per sequence.
  3. The released code decays λ exponentially, rewards (0.9 − w)·accuracy + 0.1·format + w·2·R_div and has the partition
     commented out; this follows the paper.
@@ -30,11 +31,11 @@ Departures from the paper, and where its released code differs:
     number of steps. The 2,048 tokens of an answer and 6,144 of a prompt are ours.
  6. The released 7B script is plain GRPO (K = 1, 5 answers); the 3B script has K = 2, 12 answers, λ = 0.2, a KL and
     4,096 tokens. Both train the vision tower (here --train_vision), filter groups online and sample with top-p 0.99.
- 7. k-means++ and 32 restarts are ours; so is what counts as reasoning where <think> is missing (harness/embedding.py),
-    and that an answer is right from an IoU of .5 on, or with any reward for free text.
-A danger to watch: in a cluster whose answers are all right only R_div varies, and (4) blows it up to unit size; the
-metric only_diversity_clusters is the share of such clusters. So TOY, unlike the paper, has a tenth of the bonus: with
-the whole of it the first tabletop learned nothing.
+ 7. k-means++ and 32 restarts are ours; so is what counts as reasoning where <think> is missing (harness/embedding.py).
+    What counts as right is ours too: an IoU of at least .5 for a box, any reward above 0 for free text.
+A danger to watch: in a cluster whose answers are all right and well-formed only R_div varies, and the z-score of (4)
+scales even tiny differences to unit variance. The metric only_diversity_clusters is the share of such clusters. So
+TOY, unlike the paper, has a tenth of the bonus: with all of it nothing was learned on the first tabletop.
 
 Shapes: P problems, G answers to each, B = P·G answers, T tokens of the longest, D size of an embedding, K clusters.
 
@@ -45,8 +46,8 @@ Shapes: P problems, G answers to each, B = P·G answers, T tokens of the longest
 ViRL39K keeps its pictures in an archive beside its table: download both, unpack the archive, and name the table's file.
 
 A healthy run: diversity stays up where grpo.py's falls, accuracy does not fall, smallest_cluster is at least G_min.
-What the tabletop says, where each way solves what another cannot (results/ways.json, five seeds): three clusters keep
-the diversity of reasoning at .40, where GRPO's is .12, and pay for it with pass@1, .70 against GRPO's .89.
+On the tabletop, in a world where each way of reasoning solves what another cannot (results/ways.json, five seeds),
+three clusters keep the diversity of reasoning at .40 against GRPO's .12. The price is pass@1: .70 against GRPO's .89.
 """
 
 import math
@@ -105,7 +106,7 @@ def is_clipped(logp_BT, old_logp_BT, advantage_BT, epsilon, epsilon_high):
 
 
 def token_weights(mask_BT, average):
-    """(B, T) → (B, T). "token": every token weighs 1. "answer": every answer does, so a token weighs 1/|o_b|."""
+    """(B, T) → (B, T). "token": every token weighs 1. "answer": every answer weighs 1, each of its tokens 1/|o_b|."""
     if average == "token":
         return mask_BT
     return mask_BT / mask_BT.sum(1, keepdim=True)
@@ -140,7 +141,7 @@ def assign(distance_GK, min_size):
 
 
 def spread_seeds(apart_GG, clusters, random):
-    """k-means++: places of `clusters` points, each drawn in proportion to its squared distance to those before it."""
+    """k-means++: indices of `clusters` points, each drawn in proportion to its squared distance to the nearest yet."""
     G = len(apart_GG)
     chosen = [random.integers(G)]
     while len(chosen) < clusters:
@@ -150,7 +151,7 @@ def spread_seeds(apart_GG, clusters, random):
 
 
 def k_means(apart_GG, chosen, clusters, min_size):
-    """Lloyd's two steps from the points `chosen`, while they help: labels (G,) and their cost."""
+    """Lloyd's algorithm from the points `chosen`, until the cost stops falling: labels (G,) and their cost."""
     places = np.arange(len(apart_GG))
     next_G = assign(apart_GG[:, chosen], min_size)
     labels_G = next_G
@@ -158,7 +159,7 @@ def k_means(apart_GG, chosen, clusters, min_size):
     while True:
         # (G, K): 1/|C_k| where point g is in cluster k
         member_GK = np.eye(clusters)[next_G] / np.bincount(next_G, minlength=clusters)
-        # ‖x − c‖² to a mean c needs no c: the mean of ‖x − m‖² over the members m, less half their mean spread.
+        # ‖x − c‖² for a mean c needs no c: the mean ‖x − m‖² over the members m, minus half the mean ‖m − m'‖².
         spread_K = np.einsum("gk,gh,hk->k", member_GK, apart_GG, member_GK) / 2
         distance_GK = apart_GG @ member_GK - spread_K
         next_cost = distance_GK[places, next_G].sum()
@@ -235,15 +236,15 @@ TOY = dict(
 
 def flags(parser):
     parser.add_argument("--epsilon", type=not_negative, default=0.2, help="ε_low, how far the ratio may fall")
-    parser.add_argument("--epsilon_high", type=not_negative, default=0.2, help="ε_high, how far it may rise")
+    parser.add_argument("--epsilon_high", type=not_negative, default=0.2, help="ε_high, how far the ratio may rise")
     parser.add_argument("--average", choices=("token", "answer"), default="token",
-                        help="average over tokens, or over answers first")
+                        help="average over all tokens, or within each answer first")
     parser.add_argument("--beta", type=not_negative, default=0.0, help="β, weight of the KL to the starting model")
     parser.add_argument("--kl_target", type=not_negative, default=0.0, help="adapt β towards this KL (0: β stays)")
     parser.add_argument("--mask_truncated", action="store_true",
                         help="leave truncated answers out of the loss (the KL keeps them)")
     parser.add_argument("--format_weight", type=share, default=0.1,
-                        help="weight of the format in the reward; the accuracy has the rest")
+                        help="weight of the format reward; accuracy gets the rest")
     parser.add_argument("--clusters", type=at_least(1), default=3, help="K, clusters that a group is split into")
     parser.add_argument("--min_cluster", type=at_least(1), default=3, help="G_min, answers that a cluster has at least")
     parser.add_argument("--balance", type=not_negative, default=1.0,
@@ -350,7 +351,7 @@ def main(args):
         weight_BT = token_weights(mask_BT, args.average)
         if args.mask_truncated:
             weight_BT = weight_BT * rollout.finished_B[:, None]
-        # Unread answers only save time; what is to leave the normaliser needs weight 0.
+        # Not reading an answer only saves time. To leave it out of the normaliser, give it weight 0.
         read_B = (advantages_PG != 0).any(1).repeat_interleave(args.num_generations)
         if reference is not None:
             read_B[:] = True  # with a KL every answer has a gradient

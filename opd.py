@@ -3,10 +3,10 @@
 Why care: a reward says one thing about a whole answer; a teacher says at every token what it would have written there.
 Every token of the student's own mistakes becomes a lesson.
 
-Paper: arXiv 2606.09059 (abstract and captions only, the recipe is ours); the loss is the on-policy reverse KL of GKD,
-arXiv 2306.13649. The student samples, the teacher reads the same answers with the same pictures, and at every token
-the student moves towards the teacher's whole distribution. With p_t, q_t the student's and the teacher's next-token
-distributions behind the same prefix:
+Paper: arXiv 2606.09059. We could read only its abstract and captions, so the recipe is ours. The loss is the on-policy
+reverse KL of GKD, arXiv 2306.13649. The student samples, the teacher reads the same answers with the same pictures,
+and at every token the student moves towards the teacher's whole distribution. Let p_t and q_t be the student's and the
+teacher's next-token distributions after the same prefix:
 
     KL_t = KL(p_t‖q_t) = Σ_v p_t(v)·(log p_t(v) − log q_t(v))         full vocabulary, T = 1, in nats            (1)
     L    = Σ_bt m_bt·KL_bt / Σ_bt m_bt                                m is 1 on the tokens of the answers        (2)
@@ -16,19 +16,20 @@ the picture and the prompt once. Both sums of (2) run over the whole optimiser b
 There is no reward: accuracy is logged, never trained on. The gradient goes through p_t of (1), not through the
 sampling: prefixes are held fixed.
 
---estimator sampled knows q at the sampled token o_t only, as other implementations do, and is an RL step whose
-advantage is the log-ratio:
+--estimator sampled uses q at the sampled token o_t only, as other implementations do. It is a policy-gradient step
+whose advantage is the log-ratio:
 
     A_bt = log q_t(o_t) − log p_t(o_t),        ℓ_bt as in grpo.py, eq. (2) and (3), in place of KL_bt            (3)
 
-Averaged over o_t, its gradient is that of (1), with more noise.
+In expectation over o_t its gradient is that of (1); a single sample of it is noisier.
 
---estimator forward exchanges p and q in (1): KL(q_t‖p_t) on the student's own answers, the other end of GKD. sft.py
---soft_targets asks for the same on the teacher's answers, so the two differ in nothing but whose answers are read.
+--estimator forward exchanges p and q in (1): KL(q_t‖p_t) on the student's own answers, the opposite extreme of GKD's
+divergences. sft.py --soft_targets minimises the same KL on the teacher's answers, so the two differ only in whose
+answers are read.
 
 Departures:
  1. The gradient of Σ_t KL_t is not that of the sequence KL(π‖π_T), which has one more term,
-    E[Σ_t ∇log p_t(o_t)·Σ_{s>t} KL_s], by which a token would answer for the prefixes that it leads to.
+    E[Σ_t ∇log p_t(o_t)·Σ_{s>t} KL_s]. That term holds a token responsible for the prefixes that it leads to.
  2. The paper fixes neither temperature nor truncation: here T = 1 and the full vocabulary.
  3. The vision tower is frozen unless --train_vision. Teacher, batch, answers to a problem, learning rate, number of
     steps and the pixels of a picture are ours too: the paper's text was out of reach.
@@ -92,13 +93,13 @@ def policy_loss(logp_BT, old_logp_BT, advantage_BT, epsilon, epsilon_high):
 
 
 def exact(logits_NV, teacher_logits_NV, tokens_N):
-    """What a token costs, eq. (1); the same as a number; the sampled token's log-prob. Each (N,)."""
+    """The loss of each token, eq. (1); the same KL, detached, for the log; the sampled token's log-prob. Each (N,)."""
     kl_N = reverse_kl(logits_NV, teacher_logits_NV)
     return kl_N, kl_N.detach(), token_logps(logits_NV.detach(), tokens_N)
 
 
 def sampled(logits_NV, teacher_logits_NV, tokens_N):
-    """The same from the sampled tokens alone, eq. (3). The second is one draw of KL_t: right on average, may be < 0."""
+    """The same from the sampled tokens alone, eq. (3). The logged KL is a one-sample estimate: unbiased, may be <0."""
     logp_N = token_logps(logits_NV, tokens_N)
     old_logp_N = logp_N.detach()  # one update per rollout: the policy being read is the one that sampled, ρ is 1
     advantage_N = token_logps(teacher_logits_NV.detach(), tokens_N) - old_logp_N
@@ -107,7 +108,7 @@ def sampled(logits_NV, teacher_logits_NV, tokens_N):
 
 
 def forward(logits_NV, teacher_logits_NV, tokens_N):
-    """As `exact`, but what a token costs is KL(q_t‖p_t). The number that is logged stays that of eq. (1)."""
+    """As `exact`, but the loss of a token is KL(q_t‖p_t). The KL that is logged is still that of eq. (1)."""
     _, kl_N, logp_N = exact(logits_NV.detach(), teacher_logits_NV, tokens_N)
     return forward_kl(logits_NV, teacher_logits_NV), kl_N, logp_N
 
@@ -122,35 +123,36 @@ TOY = dict(
     learning_rate=1.2e-3, lr_scheduler_type="cosine", warmup_steps=10, max_steps=100, max_completion_length=64,
     micro_batch_size=64, train_vision=True, gradient_checkpointing=False, eval_steps=20, min_pixels=784,
 )
-TABLES = (MODEL_FLAGS, TRAIN_FLAGS, GROUP_FLAGS)  # there is one update to a rollout
+TABLES = (MODEL_FLAGS, TRAIN_FLAGS, GROUP_FLAGS)  # no UPDATE_FLAGS: OPD makes one update per rollout
 
 
 def flags(parser):
     parser.add_argument("--teacher", default="Qwen/Qwen2.5-VL-72B-Instruct",
-                        help="the model to learn from, of the student's family; in sft.py none: the data's traces")
+                        help="teacher model, of the student's family; none (sft.py only): train on given traces")
     parser.add_argument("--estimator", choices=tuple(ESTIMATORS), default="exact",
-                        help="what a token costs: eq. (1), (3), or (1) with p and q exchanged")
+                        help="loss per token: eq. (1), eq. (3), or eq. (1) with p and q exchanged")
 
 
 def check_vocabulary(args, processor, teacher_processor):
-    """UserError unless the same ids mean the same words to both: else a KL compares probabilities of other words."""
+    """UserError unless both have the same token for every id: otherwise a KL would compare different tokens."""
     ours = processor.tokenizer.get_vocab()
     theirs = teacher_processor.tokenizer.get_vocab()
     other = sorted(word for word in {*ours, *theirs} if ours.get(word) != theirs.get(word))
     if other:
-        raise UserError(f"--teacher {args.teacher} has another tokenizer than {args.model}: {len(other)} words differ, "
-                        f"{other[0]!r} for one; distil from a model of the same family")
+        raise UserError(f"--teacher {args.teacher} and {args.model} have different tokenizers: {len(other)} tokens "
+                        f"differ, for example {other[0]!r}; distil from a model of the same family")
 
 
 def distil(run, policy, optimizer, rollout, teacher):
     """The optimiser update of one rollout, eq. (2). Returns its metrics."""
     plan = plan_updates(run, rollout)
+    estimator = ESTIMATORS[run.args.estimator]
     mask_BT = rollout.mask_BT
-    total_tokens = run.sum(mask_BT.sum())  # whole before the first pass: all micro-batches, all processes
+    total_tokens = run.sum(mask_BT.sum())  # summed over all passes and processes before the first pass
     for part in plan:
         for batch in part:
             mask_bT = mask_BT[batch]
-            loss_bT, kl_bT, logp_bT = read(ESTIMATORS[run.args.estimator], rollout[batch], policy, teacher)
+            loss_bT, kl_bT, logp_bT = read(estimator, rollout[batch], policy, teacher)
             gap_bT = (logp_bT - rollout.logp_BT[batch]).abs()
             part.backward(
                 batch,

@@ -24,8 +24,8 @@ direction of the KL.
     L = Σ_bt m_bt·KL(q_bt‖p_bt) / Σ_bt m_bt          p, q: the student's and the teacher's next-token distributions (2)
 
 Departures:
- 1. The papers fix the number of epochs; --early_stop ends training once the loss on held-out traces has not fallen that
-    many evaluations in a row. The weights are then those of the last step, not of the best.
+ 1. The papers fix the number of epochs; --early_stop N ends training once the loss on held-out traces has not fallen
+    for N evaluations in a row. The weights are then those of the last step, not of the best.
  2. The batch of 128 and 190 steps, an epoch of 25,000 traces, are VLAA-Thinker's (its 126,000 take 985); learning rate,
     cosine, a warm-up of 3%, four samples of a teacher and the pixels of a picture are ours, and so is what counts as
     over-training, ten times the steps. VLAA-Thinker's own code was never released.
@@ -41,8 +41,9 @@ is refused before it is loaded: have it write its answers elsewhere, and give th
 
 A healthy run: loss and eval_loss fall together; where eval_loss turns up, over-training begins.
 
-What the tabletop says (results/sft_or_rl.json, five seeds): before the same RL, SFT on traces in the model's own words
-ends above RL alone, pass@1 .90 against .88; on traces in another's it ends far below, at .13, or over-trained .69.
+On the tabletop (results/sft_or_rl.json, five seeds), followed by the same RL, SFT on traces in the model's own style
+ends above RL alone: pass@1 .90 against .88. On traces in a foreign style it ends far below: at .13, or at .69 if
+over-trained.
 """
 
 import hashlib
@@ -91,12 +92,12 @@ def forward_kl(student_logits, teacher_logits):
 
 
 def hard(logits_NV, tokens_N):
-    """What a token of a trace costs, eq. (1); the entropy of its distribution, for the log only. Each (N,)."""
+    """The loss of each token of a trace, eq. (1), and the entropy of its distribution, for the log only. Each (N,)."""
     return -token_logps(logits_NV, tokens_N), token_entropy(logits_NV.detach())
 
 
 def soft(logits_NV, teacher_logits_NV, tokens_N):
-    """What a token of a trace costs, eq. (2); the entropy of its distribution, for the log only. Each (N,)."""
+    """The loss of each token of a trace, eq. (2), and the entropy of its distribution, for the log only. Each (N,)."""
     return forward_kl(logits_NV, teacher_logits_NV), token_entropy(logits_NV.detach())
 
 
@@ -121,7 +122,7 @@ TABLES = (MODEL_FLAGS, TRAIN_FLAGS)
 
 def flags(parser):
     parser.add_argument("--teacher", default="none",
-                        help="the model to learn from, of the student's family; in sft.py none: the data's traces")
+                        help="teacher model, of the student's family; none (sft.py only): train on given traces")
     parser.add_argument("--teacher_samples", type=at_least(1), default=4,
                         help="answers the teacher samples to each problem")
     parser.add_argument("--traces", default="",
@@ -138,13 +139,13 @@ def flags(parser):
 
 
 def check_vocabulary(args, processor, teacher_processor):
-    """UserError unless the same ids mean the same words to both: else a KL compares probabilities of other words."""
+    """UserError unless both have the same token for every id: otherwise a KL would compare different tokens."""
     ours = processor.tokenizer.get_vocab()
     theirs = teacher_processor.tokenizer.get_vocab()
     other = sorted(word for word in {*ours, *theirs} if ours.get(word) != theirs.get(word))
     if other:
-        raise UserError(f"--teacher {args.teacher} has another tokenizer than {args.model}: {len(other)} words differ, "
-                        f"{other[0]!r} for one; distil from a model of the same family")
+        raise UserError(f"--teacher {args.teacher} and {args.model} have different tokenizers: {len(other)} tokens "
+                        f"differ, for example {other[0]!r}; distil from a model of the same family")
 
 
 def teacher_traces(run, problems, loaded=None, judge=None):
@@ -264,7 +265,8 @@ def main(args):
     if args.soft_targets and args.teacher == "none":
         raise UserError("--soft_targets are a teacher's distributions: name a --teacher too")
     if 0 < args.held_out_traces < run.world:
-        raise UserError(f"--held_out_traces {args.held_out_traces}: give 0, or one to each of {run.world} processes")
+        raise UserError(f"--held_out_traces {args.held_out_traces}: give 0, or at least one for each of the "
+                        f"{run.world} processes")
     problems = load_problems(args.dataset, run)
     held_out = load_problems(args.eval_dataset, run)
     policy, processor = load_policy(args.model, run, train=True)

@@ -19,8 +19,8 @@ The rest, AdamW and packed rows included, is as in grpo.py.
 
 Departures from the paper and its released code:
  1. The noise of I' is drawn once for each picture and rollout, on the normalised pixels, and is the same for the whole
-    group. The released code adds it again, to the same tensor, for each of the group's 12 answers: by the last, its
-    std is 2·√12, about 6.9 (--noise_std 6.93). The paper speaks of diffusion step 500.
+    group. The released code adds a new draw to the same tensor for each of the group's 12 answers. So the noise adds
+    up: for the last answer its std is 2·√12, about 6.9 (--noise_std 6.93). The paper speaks of diffusion step 500.
  2. No entropy bonus (the released code: 1e-3).
  3. Groups whose advantages are all zero are not read (with --beta they are): they have no gradient. Their kept tokens
     still count in (5).
@@ -36,10 +36,10 @@ Departures from the paper and its released code:
 also VPPO (KL of the sampled token, top 40%, divided by all tokens), PAPO, and the 80/20 rule (entropy alone: --select
 entropy).
 
-What the tabletop says: TOY keeps half of the tokens, not a fifth. k is a share, and an answer there has some 33 tokens,
-a third of which look at the picture; a 7B writes hundreds, and few of them look. With the paper's fifth VEPO learned
-more slowly on the first tabletop than all tokens did: pass@1 .575 against .752. Entropy missed 46% of the tokens that
-look (paper: 41%; results/first/vepo.json, five seeds).
+On the tabletop, the small drawn world of tabletop/, TOY keeps half of the tokens, not a fifth. An answer there has
+some 33 tokens, and a third of them look at the picture; a 7B writes hundreds, and few of them look. On the first
+tabletop, with the paper's fifth, VEPO learned more slowly than GRPO with all tokens: pass@1 .575 against .752. The top
+20% by entropy missed 46% of the top 20% by JSD (paper: 41%; results/first/vepo.json, five seeds).
 
 Shapes: P problems, G answers to each, B = P·G answers, T tokens of the longest, N tokens of a chunk, V vocabulary.
 
@@ -72,7 +72,7 @@ from harness.diagnostics import record_signals
 from harness.flags import launch, not_negative, share
 from harness.prompts import check_problems
 from harness.run import Run, generator, learning_rate
-from harness.selections import SELECTIONS, kl, other_score
+from harness.selections import SELECTIONS, kl_of_readings, other_score
 from harness.sharding import clip_gradients
 from harness.updates import plan_updates
 
@@ -105,7 +105,7 @@ def is_clipped(logp_BT, old_logp_BT, advantage_BT, epsilon, epsilon_high):
 
 
 def token_weights(mask_BT, average):
-    """(B, T) → (B, T). "token": every token weighs 1. "answer": every answer does, so a token weighs 1/|o_b|."""
+    """(B, T) → (B, T). "token": every token weighs 1. "answer": every answer weighs 1, each of its tokens 1/|o_b|."""
     if average == "token":
         return mask_BT
     return mask_BT / mask_BT.sum(1, keepdim=True)
@@ -142,7 +142,8 @@ def min_max(signal_BT, mask_BT):
     """Eq. (2): (B, T) → (B, T) in [0, 1], over the valid tokens of each answer; 0 elsewhere and where all are equal."""
     low_B1 = signal_BT.masked_fill(mask_BT == 0, torch.inf).amin(1, keepdim=True)
     high_B1 = signal_BT.masked_fill(mask_BT == 0, -torch.inf).amax(1, keepdim=True)
-    return ((signal_BT - low_B1) / (high_B1 - low_B1).clamp_min(1e-8)).masked_fill(mask_BT == 0, 0.0)
+    range_B1 = (high_B1 - low_B1).clamp_min(1e-8)
+    return ((signal_BT - low_B1) / range_B1).masked_fill(mask_BT == 0, 0.0)
 
 
 def vision_entropy_score(jsd_BT, delta_entropy_BT, entropy_BT, mask_BT, alpha):
@@ -154,7 +155,7 @@ def vision_entropy_score(jsd_BT, delta_entropy_BT, entropy_BT, mask_BT, alpha):
 
 
 def top_fraction(score_BT, mask_BT, fraction):
-    """Eq. (4): (B, T) → (B, T) of 0/1. Exactly ⌈fraction·n⌉ of an answer's n tokens; of equal scores the earlier."""
+    """Eq. (4): (B, T) → (B, T) of 0/1. Exactly ⌈fraction·n⌉ of an answer's n tokens; ties go to the earlier token."""
     exact = Fraction(str(fraction))  # in floats 0.28·25 is above 7, and 8 would be kept
     kept_B1 = torch.tensor([[ceil(exact * int(n))] for n in mask_BT.sum(1)], device=mask_BT.device)
     order_BT = score_BT.masked_fill(mask_BT == 0, -torch.inf).argsort(dim=1, descending=True, stable=True)
@@ -175,14 +176,15 @@ def counterfactual(prompts, kind, std, seed):
 
 
 def look(logits_NV, noised_logits_NV, tokens_N):
-    """What the two readings leave of each token: eq. (1), and log π_old for the updates."""
-    return *visual_signals(logits_NV, noised_logits_NV), token_logps(logits_NV, tokens_N)
+    """What is kept of the two readings at each token: the signals of eq. (1), and log π_old for the updates."""
+    jsd, delta_entropy, entropy = visual_signals(logits_NV, noised_logits_NV)
+    return jsd, delta_entropy, entropy, token_logps(logits_NV, tokens_N)
 
 
 def look_by_kl(logits_NV, noised_logits_NV, tokens_N):
     """The same with KL(P‖Q) in the place of the JSD: --select kl."""
     _, delta_entropy, entropy, logp = look(logits_NV, noised_logits_NV, tokens_N)
-    return kl(logits_NV, noised_logits_NV, tokens_N), delta_entropy, entropy, logp
+    return kl_of_readings(logits_NV, noised_logits_NV, tokens_N), delta_entropy, entropy, logp
 
 
 # --- the run ----------------------------------------------------------------------------------------------------------
@@ -200,19 +202,19 @@ TOY = dict(
 
 def flags(parser):
     parser.add_argument("--epsilon", type=not_negative, default=0.2, help="ε_low, how far the ratio may fall")
-    parser.add_argument("--epsilon_high", type=not_negative, default=0.2, help="ε_high, how far it may rise")
+    parser.add_argument("--epsilon_high", type=not_negative, default=0.2, help="ε_high, how far the ratio may rise")
     parser.add_argument("--average", choices=("token", "answer"), default="token",
-                        help="average over tokens, or over answers first")
+                        help="average over all tokens, or within each answer first")
     parser.add_argument("--beta", type=not_negative, default=0.0, help="β, weight of the KL to the starting model")
     parser.add_argument("--kl_target", type=not_negative, default=0.0, help="adapt β towards this KL (0: β stays)")
     parser.add_argument("--mask_truncated", action="store_true",
                         help="leave truncated answers out of the loss (the KL keeps them)")
     parser.add_argument("--format_weight", type=share, default=0.1,
-                        help="weight of the format in the reward; the accuracy has the rest")
+                        help="weight of the format reward; accuracy gets the rest")
     parser.add_argument("--select", choices=SELECTIONS, default="vepo", help="which score picks the tokens")
     parser.add_argument("--keep", type=share, default=0.2, help="k, the share of an answer's tokens that is kept")
     parser.add_argument("--alpha", type=share, default=0.7, help="α, weight of the JSD against the entropy shift")
-    parser.add_argument("--counterfactual", choices=("noise", "blank"), default="noise", help="what I' is")
+    parser.add_argument("--counterfactual", choices=("noise", "blank"), default="noise", help="I': noised, or blank")
     parser.add_argument("--noise_std", type=not_negative, default=2.0,
                         help="standard deviation of the noise in I', on normalised pixels")
 
@@ -296,16 +298,18 @@ def main(args):
         weight_BT = token_weights(mask_BT, args.average)
         if args.mask_truncated:
             weight_BT = weight_BT * rollout.finished_B[:, None]
-        # Unread answers only save time; what is to leave the normaliser needs weight 0.
+        # Not reading an answer only saves time. To leave it out of the normaliser, give it weight 0.
         read_B = (advantages_PG != 0).any(1).repeat_interleave(args.num_generations)
         if reference is not None:
             read_B[:] = True  # with a KL every answer has a gradient
         plan = plan_updates(run, rollout, read_B)
-        # Each answer is read with I and with I', by the policy that sampled it: those log-probs are π_old's too.
+        # The policy that sampled the answers reads them with I and with I'. Its log-probs with I are also log π_old.
         noised = counterfactual(rollout.prompts, args.counterfactual, args.noise_std, (args.seed, step))
         looking = look_by_kl if args.select == "kl" else look
         with torch.no_grad():
-            *signals, old_logp_BT = read(looking, rollout, policy, Reading(policy, noised), batches=plan.batches)
+            jsd_BT, delta_entropy_BT, entropy_BT, old_logp_BT = read(
+                looking, rollout, policy, Reading(policy, noised), batches=plan.batches)
+        signals = (jsd_BT, delta_entropy_BT, entropy_BT)
         score_BT = vision_entropy_score(*signals, mask_BT, alpha=args.alpha)
         if args.select not in ("vepo", "kl"):  # the paper's baselines and ablations
             normal = [min_max(signal_BT, mask_BT) for signal_BT in signals]
@@ -334,7 +338,6 @@ def main(args):
             format=run.mean(format_PG), frac_reward_zero_std=run.mean((advantages_PG == 0).all(1).float()),
             learning_rate=learning_rate(step, args), **rollout.metrics(run),
         )
-        jsd_BT, delta_entropy_BT, entropy_BT = signals
         named = dict(jsd=jsd_BT, delta_entropy=delta_entropy_BT, entropy=entropy_BT, score=score_BT, kept=kept_BT)
         metrics |= record_signals(run, processor.tokenizer, rollout, read_B, signals=named, top=top_fraction)
         if reference is not None:

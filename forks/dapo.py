@@ -11,14 +11,14 @@ Paper: DAPO, arXiv 2503.14476. Everything is grpo.py's but
 
     R_len(o) = min(0, (T_max − cache − |o|)/cache)                                                               (6')
 
-Its mean over the tokens of the batch is grpo.py's already. The number (6') is ours; we could not read the paper's own.
+DAPO's mean over the tokens of the batch is grpo.py's already. The number (6') is ours; we could not read the paper's.
 
 Changes on purpose: none.
 
-Departures from the paper: 2. to 7. of grpo.py. At most --max_draws rollouts are made for a step; where that is not
-enough, groups that do not teach fill it. Each process fills its own share, so what is kept depends on the number of
-processes. A group teaches where its accuracies differ: for graded answers that is more than 0 < accuracy < 1. The
-reward is grpo.py's, not ±1.
+Departures from the paper: 2. to 6. of grpo.py. At most --max_draws rollouts are made for a step. If these hold too few
+groups that teach, other groups fill the step. Each process fills its own share, so which groups are kept depends on
+the number of processes. A group teaches if its accuracies differ. With partial credit that is stricter than
+0 < accuracy < 1: a group of boxes that all have IoU .5 does not teach. The reward is grpo.py's, not ±1.
 
 Shapes: as in grpo.py; a group "teaches" when some of its answers are better than others.
 
@@ -84,7 +84,7 @@ def is_clipped(logp_BT, old_logp_BT, advantage_BT, epsilon, epsilon_high):
 
 
 def token_weights(mask_BT, average):
-    """(B, T) → (B, T). "token": every token weighs 1. "answer": every answer does, so a token weighs 1/|o_b|."""
+    """(B, T) → (B, T). "token": every token weighs 1. "answer": every answer weighs 1, each of its tokens 1/|o_b|."""
     if average == "token":
         return mask_BT
     return mask_BT / mask_BT.sum(1, keepdim=True)
@@ -124,16 +124,16 @@ TOY = dict(
 
 def flags(parser):
     parser.add_argument("--epsilon", type=not_negative, default=0.2, help="ε_low, how far the ratio may fall")
-    parser.add_argument("--epsilon_high", type=not_negative, default=0.2, help="ε_high, how far it may rise")
+    parser.add_argument("--epsilon_high", type=not_negative, default=0.2, help="ε_high, how far the ratio may rise")
     parser.add_argument("--average", choices=("token", "answer"), default="token",
-                        help="average over tokens, or over answers first")
+                        help="average over all tokens, or within each answer first")
     parser.add_argument("--beta", type=not_negative, default=0.0, help="β, weight of the KL to the starting model")
     parser.add_argument("--kl_target", type=not_negative, default=0.0, help="adapt β towards this KL (0: β stays)")
     parser.add_argument("--mask_truncated", action="store_true",
                         help="leave truncated answers out of the loss (the KL keeps them)")
     parser.add_argument("--format_weight", type=share, default=0.1,
-                        help="weight of the format in the reward; the accuracy has the rest")
-    parser.add_argument("--overlong_cache", type=at_least(1), default=512, help="tokens before the limit that cost")
+                        help="weight of the format reward; accuracy gets the rest")
+    parser.add_argument("--overlong_cache", type=at_least(1), default=512, help="penalised tokens before the limit")
     parser.add_argument("--max_draws", type=at_least(1), default=3, help="rollouts made for a step, at most")
 
 
@@ -211,7 +211,7 @@ def main(args):
                 places += (~teaches_P).nonzero()[:, 0].tolist()
             more = select_groups(more, places)
             rollout = more if rollout is None else join(rollout, more)
-            if not run.sum(len(rollout.prompts.problems) < wanted):  # every process has enough
+            if run.sum(len(rollout.prompts.problems) < wanted) == 0:  # no process has too few
                 break
         rollout = select_groups(rollout, range(wanted))
         mask_BT = rollout.mask_BT
@@ -230,7 +230,7 @@ def main(args):
         weight_BT = token_weights(mask_BT, args.average)
         if args.mask_truncated:
             weight_BT = weight_BT * rollout.finished_B[:, None]
-        # Unread answers only save time; what is to leave the normaliser needs weight 0.
+        # Not reading an answer only saves time. To leave it out of the normaliser, give it weight 0.
         read_B = (advantages_PG != 0).any(1).repeat_interleave(args.num_generations)
         if reference is not None:
             read_B[:] = True  # with a KL every answer has a gradient

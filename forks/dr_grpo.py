@@ -8,11 +8,12 @@ Paper: Dr. GRPO, arXiv 2503.20783. Everything is grpo.py's but
     A_i = R_i − mean R                                                                                           (1')
     L   = Σ_bt ℓ_bt / (B·T_max)                      T_max = --max_completion_length, the same for every answer  (4')
 
-Numbers with a dash replace grpo.py's; we could not read the paper's own.
+Primed numbers replace grpo.py's; we could not read the paper's own.
 
 Changes on purpose: group_advantages, update.
 
-Departures from the paper: 2. to 7. of grpo.py. --average has nothing to say here but as a weight beside (4'): leave it.
+Departures from the paper: 2. to 7. of grpo.py, where they apply. --average answer would only add a weight to (4'):
+leave the default.
 
 Shapes: as in grpo.py.
 
@@ -76,7 +77,7 @@ def is_clipped(logp_BT, old_logp_BT, advantage_BT, epsilon, epsilon_high):
 
 
 def token_weights(mask_BT, average):
-    """(B, T) → (B, T). "token": every token weighs 1. "answer": every answer does, so a token weighs 1/|o_b|."""
+    """(B, T) → (B, T). "token": every token weighs 1. "answer": every answer weighs 1, each of its tokens 1/|o_b|."""
     if average == "token":
         return mask_BT
     return mask_BT / mask_BT.sum(1, keepdim=True)
@@ -110,15 +111,15 @@ TOY = dict(
 
 def flags(parser):
     parser.add_argument("--epsilon", type=not_negative, default=0.2, help="ε_low, how far the ratio may fall")
-    parser.add_argument("--epsilon_high", type=not_negative, default=0.2, help="ε_high, how far it may rise")
+    parser.add_argument("--epsilon_high", type=not_negative, default=0.2, help="ε_high, how far the ratio may rise")
     parser.add_argument("--average", choices=("token", "answer"), default="token",
-                        help="average over tokens, or over answers first")
+                        help="average over all tokens, or within each answer first")
     parser.add_argument("--beta", type=not_negative, default=0.0, help="β, weight of the KL to the starting model")
     parser.add_argument("--kl_target", type=not_negative, default=0.0, help="adapt β towards this KL (0: β stays)")
     parser.add_argument("--mask_truncated", action="store_true",
                         help="leave truncated answers out of the loss (the KL keeps them)")
     parser.add_argument("--format_weight", type=share, default=0.1,
-                        help="weight of the format in the reward; the accuracy has the rest")
+                        help="weight of the format reward; accuracy gets the rest")
 
 
 def check_flags(args):
@@ -130,7 +131,7 @@ def check_flags(args):
 
 
 def update(run, policy, optimizer, rollout, *, plan, advantage_BT, weight_BT, old_logp_BT, ref_logp_BT):
-    """The optimiser updates of one rollout, GRPO's eq. (2) to (5). Returns their metrics, averaged over the updates.
+    """The optimiser updates of one rollout, with (4') for (4). Returns their metrics, averaged over the updates.
 
     old_logp_BT is None when there is one update only: then π_old is the policy being read, ρ is 1 and the gradient is
     REINFORCE's. ref_logp_BT is None without a reference.
@@ -198,7 +199,7 @@ def main(args):
         weight_BT = token_weights(mask_BT, args.average)
         if args.mask_truncated:
             weight_BT = weight_BT * rollout.finished_B[:, None]
-        # Unread answers only save time; what is to leave the normaliser needs weight 0.
+        # Not reading an answer only saves time. To leave it out of the normaliser, give it weight 0.
         read_B = (advantages_PG != 0).any(1).repeat_interleave(args.num_generations)
         if reference is not None:
             read_B[:] = True  # with a KL every answer has a gradient

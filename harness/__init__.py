@@ -8,12 +8,14 @@
     rollout      answers and what they answer, as data
     updates      which answers share a forward pass, and what becomes of a loss
     problems     data sets by name or by path, checked row by row
+    rows         one row of a data set: columns, pictures, options
     processor    tokenizer and image processor, as a checkpoint ships them
     prompts      what a prompt is made of; all prompts checked before a run begins
     traces       answers that were written elsewhere
     answers      reading an answer; when two answers mean the same
     reward_model what an answer in free text is worth, by a model that was trained to say so
     embedding    texts as vectors
+    phrases      phrases of hesitation in an answer
     threads      cores that other processes need too
     selections   what VEPO's choice of tokens is compared with
     attention    how the tokens of packed rows look at each other
@@ -23,8 +25,8 @@
 
 import os
 
-# A cache that grows and loses rows asks a GPU for memory in ever other sizes. Segments that expand are the allocator's
-# answer to that; without them free memory lies in pieces, each too small. Torch reads this when it is loaded: so
-# the house's own modules are imported first.
+# A KV cache that grows and loses rows keeps asking a GPU for memory in new sizes. Without expandable segments that
+# fragments the free memory into pieces that are too small. Torch reads this variable when it is imported, so the
+# project's own modules are imported before torch.
 if "PYTORCH_ALLOC_CONF" not in os.environ:
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")

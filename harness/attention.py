@@ -1,6 +1,6 @@
 """How the tokens of packed rows look at each other, without a mask of row length squared.
 
-A packed row is a prompt with the answers to it behind it. The rows of a forward pass lie one behind the other, without
+A packed row is a prompt followed by its answers. The rows of a forward pass lie one after the other, without
 padding. An answer's token sees the prompt and its own answer, up to itself:
 
     prompt + first answer       an ordinary causal sequence
@@ -54,7 +54,7 @@ class PackedRows:
 
 
 def pack_rows(prompts: Sequence[int], answers: Sequence[Sequence[int]], device: torch.device) -> PackedRows:
-    """The rows of prompts of these lengths, in tokens, each with answers of these lengths behind it (one at least)."""
+    """The rows of prompts of these lengths, in tokens, each with answers of these lengths after it (one at least)."""
     rows = []
     spread = []
     gather = []
@@ -84,7 +84,7 @@ def packed_attention(
 ) -> tuple[torch.Tensor, None]:
     """Attention of a pass of packed rows: query (1, H, N, D), key and value (1, H or fewer, N, D) → (1, N, H, D).
 
-    What decoded answers see of a shared prompt is answers_attention; all else is transformers' own.
+    SharedPrompts, passed while decoding, go to answers_attention; an ordinary mask goes to transformers' attention.
     """
     if isinstance(attention_mask, SharedPrompts):
         shared = attention_mask

@@ -100,8 +100,8 @@ def bytes_of_answer(
 ) -> int:
     """Bytes that one answer of `answer` tokens needs while it is sampled, in a group of `generations`.
 
-    Decoding it; or reading the prompt, which a group does once and before: activations of the vision tower and of the
-    text. The larger of both counts.
+    The larger of two needs: decoding it, and its share of reading the prompt, which a group does once, before decoding
+    (activations of the vision tower and of the text model).
     """
     text = config.get_text_config()
     vision = config.vision_config

@@ -48,7 +48,7 @@ MODEL_FLAGS = (
     Flag("max_pixels", 1_000_000, "larger pictures are scaled down to this many pixels (28x28 pixels are one token)"),
     Flag("min_pixels", 28 * 28, "smaller pictures are enlarged to this many pixels"),
     Flag("system_prompt", "", "what the chat begins with (empty: what the model's own template says)"),
-    Flag("instruction", INSTRUCTION, "stands behind every problem (empty: nothing does)"),
+    Flag("instruction", INSTRUCTION, "stands after every problem (empty: nothing does)"),
     Flag("verifiers", "all", "keep only problems with these verifiers, with commas between: digit,mcq,math,iou"),
     Flag("reward_model", "none", "scores open_ended answers: a sequence classifier with one label, or toy-judge"),
     Flag("skip_bad_rows", False, "leave out and list rows with faults and overlong prompts; else they are errors"),
@@ -69,7 +69,7 @@ TRAIN_FLAGS = (
     Flag("num_generations_eval", 4, "answers sampled to each held-out problem"),
     Flag("max_steps", 60, "training steps; of RL and OPD, each with a rollout of its own"),
     Flag("prompts_per_step", 512, "P, problems (of sft.py, traces) in a step, over all processes"),
-    Flag("micro_batch_size", 8, "answers in one forward pass, packed behind their prompt; changes no gradient"),
+    Flag("micro_batch_size", 8, "answers in one forward pass, packed after their prompt; changes no gradient"),
     Flag("learning_rate", 1e-6, "peak learning rate of AdamW"),
     Flag("lr_scheduler_type", "constant", "what follows the warm-up", choices=("constant", "cosine")),
     Flag("min_learning_rate", 0.0, "floor of the cosine"),
@@ -260,9 +260,9 @@ def launch(script: str, main: Callable, flags: Callable, **settings):
     except BaseException as error:
         if not has_lost_a_process(error):
             raise
-        print(f"error (rank {dist.get_rank()}): another process of this run has ended; its own last words say why. "
+        print(f"error (rank {dist.get_rank()}): another process of this run has ended; its own error line says why. "
               "--resume goes on from the newest checkpoint", file=sys.stderr, flush=True)
-        os._exit(1)  # an orderly end would wait for the process that is no more
+        os._exit(1)  # a normal exit would wait for the process that has died
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -59,7 +59,7 @@ class Problems(Sequence):
 
 
 class Mixture(Sequence):
-    """Problems of several data sets, one set behind the other: each weighs by how many problems it gives.
+    """Problems of several data sets, one set after the other: each weighs by how many problems it gives.
 
     An id begins with the name of its data set, so that ids stay unique.
     """

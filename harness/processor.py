@@ -18,7 +18,7 @@ ANY_WORDS = "How many dogs are in picture 1?"  # of which every tokenizer knows 
 class Processor(Qwen2_5_VLProcessor):
     """Qwen2_5_VLProcessor without its video half, the only part of it that demands torchvision.
 
-    system_prompt and instruction: what a prompt begins with, and what stands behind its problem.
+    system_prompt and instruction: what a prompt begins with, and what stands after its problem.
     """
 
     system_prompt = ""
@@ -32,7 +32,7 @@ class Processor(Qwen2_5_VLProcessor):
 def loading(name: str, what: str = "model", also: tuple[type[Exception], ...] = ()) -> Iterator[None]:
     """Makes one line, a UserError, of whatever transformers says when it cannot load the model `name`.
 
-    also: further errors that are taken for its words.
+    also: further exception types to treat the same way.
     """
     try:
         yield

@@ -119,7 +119,8 @@ def check_problems(
     problems, check = fitting(run, processor, problems, args.dataset, graded=graded)
     held_out, other = fitting(run, processor, held_out, args.eval_dataset)
     if args.prompts_per_step > len(problems):
-        raise UserError(f"--prompts_per_step {args.prompts_per_step}: {args.dataset} has {len(problems)} problems")
+        raise UserError(f"--prompts_per_step {args.prompts_per_step}: {args.dataset} has {len(problems)} problems; "
+                        "lower it")
     lengths = check.lengths + other.lengths
     kinds = check.kinds + other.kinds
     counts = ", ".join(f"{count} {kind}" for kind, count in kinds.items())

@@ -1,8 +1,8 @@
 """A reward model scores answers in free text, which no rule can check (VLAA-Thinker, arXiv 2504.11468).
 
-Any checkpoint of a sequence classifier with one label that transformers loads is one; it reads the question and the
-answer as text. One of Qwen2.5-VL reads the picture too; other kinds that see are refused. Beyond its pictures a reward
-model sees what a user would see: the question without --instruction, and the final answer without the thought.
+It can be any sequence classifier with one label that transformers loads. It reads the question and the answer as text;
+one built on Qwen2.5-VL reads the pictures too, and other vision-language models are refused. The text is what a user
+would see: the question without --instruction, and the final answer without the thought.
 
     judge(problem, answer)       S, the score of one answer; `common.grade` makes a reward of it
     judge.read(problems, texts)  scores the final answers of many texts in batches; S then only looks them up
@@ -73,7 +73,7 @@ def load(name: str, folder: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBa
                         "name a model that was trained to score")
     rows = model.get_input_embeddings().num_embeddings
     check_tokenizer(f"--reward_model {name}", tokenizer, rows, chats=sees_pictures(model))
-    tokenizer.padding_side = "right"  # what stands behind a token cannot change its state, what stands before can
+    tokenizer.padding_side = "right"  # what stands after a token cannot change its state, what stands before can
     if tokenizer.pad_token_id is not None:  # by it a classifier knows its last token, whatever its config says
         model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     return model.eval().requires_grad_(False), tokenizer
@@ -85,8 +85,8 @@ def check_kind(name: str, config: PreTrainedConfig, kind: type | None):
         raise UserError(f"--reward_model {name} is a {config.model_type}, of which transformers has no sequence "
                         "classifier; name another")
     if hasattr(config, "vision_config") and config.model_type != "qwen2_5_vl":
-        raise UserError(f"--reward_model {name} is a {config.model_type}, which sees pictures; here only Qwen2.5-VL is "
-                        "shown any, and to read it without would be another model; name another")
+        raise UserError(f"--reward_model {name} is a {config.model_type}, which sees pictures; only Qwen2.5-VL is "
+                        "given pictures here, and without them it would be a different model; name another")
     if config.num_labels != 1:
         made = f" (its config.json says {config.architectures[0]})" if config.architectures else ""
         raise UserError(f"--reward_model {name} has {config.num_labels} labels{made}; a reward model has one")
@@ -101,7 +101,7 @@ def context_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> in
     for module in model.modules():
         is_table = isinstance(module, torch.nn.Embedding) and module is not model.get_input_embeddings()
         if is_table and module.num_embeddings == limit and module.padding_idx is not None:
-            limit -= module.padding_idx + 1  # RoBERTa counts positions from behind the padding's
+            limit -= module.padding_idx + 1  # RoBERTa counts positions from one past the padding's
             break
     return min(limit, tokenizer.model_max_length)
 
@@ -196,7 +196,7 @@ class RewardModel:
 
     @contextlib.contextmanager
     def on_device(self) -> Iterator[None]:
-        """The model stands on the device inside, and on the CPU again behind it."""
+        """The model stands on the device inside, and on the CPU again afterwards."""
         self.model.to(self.device)
         try:
             yield

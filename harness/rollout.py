@@ -47,8 +47,8 @@ class Rollout:
     """B answers to some problems.
 
     group_B: which problem of `prompts` an answer belongs to. tokens_BT, mask_BT: token ids, and 1 up to and including
-    the first end token. logp_BT, entropy_BT: log-prob of the token and entropy of the full vocabulary when it was
-    sampled. finished_B: 1 where an end token was reached. texts: the answers without special tokens.
+    the first end token. logp_BT, entropy_BT: log-prob of the token, and entropy of the next-token distribution, when
+    it was sampled. finished_B: 1 where an end token was reached. texts: the answers without special tokens.
     """
 
     prompts: Prompts
@@ -155,7 +155,7 @@ def select_groups(rollout: Rollout, places: Sequence[int]) -> Rollout:
 
 
 def join(*rollouts: Rollout) -> Rollout:
-    """Several rollouts as one, their answers and problems one behind the other. They must share a temperature."""
+    """Several rollouts as one, their answers and problems one after the other. They must share a temperature."""
     temperatures = sorted({rollout.temperature for rollout in rollouts})
     if len(temperatures) > 1:  # trap: temperature
         raise ValueError(f"rollouts sampled at temperatures {temperatures} cannot be joined: they are read at one")

@@ -11,10 +11,10 @@ Nothing here knows what a model is: `Run` is given modules and an optimizer to k
         if run.asked_to_end(): ...        a signal came: run.leave(step) instead of finishing
     run.end()                             checkpoints away, trackers closed
 
-Signals. SIGTERM or SIGUSR1 asks a run to end: behind its present step it saves a checkpoint and exits with status 0.
-A second one ends it at once (within five seconds it is taken for a copy of the first). torchrun and accelerate launch
-hand a SIGTERM on, but kill what still runs 30 seconds later: where a step takes longer, have the scheduler send SIGUSR1
-in time, and the launcher ignore it. With SLURM:
+Signals. SIGTERM or SIGUSR1 asks a run to end: after its current step it saves a checkpoint and exits with status 0.
+A second signal ends it at once (within five seconds it counts as a copy of the first). torchrun and accelerate launch
+forward SIGTERM, but kill what still runs 30 seconds later. If a step takes longer than that, have the scheduler send
+SIGUSR1 early enough, and make the launcher ignore it. With SLURM:
 
     #SBATCH --signal=USR1@900             15 minutes before the time is over, to every process of the job's steps
     trap '' USR1                          the launcher ignores it, and the scripts still hear it
@@ -230,7 +230,7 @@ class Run:
     # --- signals: the end that a scheduler asks for ---
 
     def listen(self):
-        """From now on SIGTERM and SIGUSR1 do not end the process, but ask the run to end behind its present step."""
+        """From now on SIGTERM and SIGUSR1 do not end the process, but ask the run to end after its present step."""
         for number in SIGNALS:
             self.handlers[number] = signal.signal(number, self.note_signal) or signal.SIG_DFL
 
@@ -256,7 +256,7 @@ class Run:
         return bool(self.sum(float(self.asked_at is not None)) > 0)
 
     def leave(self, step: int):
-        """Ends a run that was asked to, behind a checkpoint of this step. No model is saved: it is not finished."""
+        """Ends a run that was asked to, after a checkpoint of this step. No model is saved: it is not finished."""
         if self.saved != step:
             self.save_checkpoint(step)
         self.asked_at = None
@@ -389,7 +389,7 @@ class Run:
                 rows_of.setdefault(row["id"], []).append(row)
         except (OSError, ValueError, AttributeError, KeyError) as error:
             raise UserError(f"{path} is no file of answers ({error}); move it away or name another") from None
-        # Behind rows that a kill cut short stand the same answers again, whole.
+        # Rows that a kill cut short are followed by the same answers again, whole.
         return [row for theirs in rows_of.values() if len(theirs) >= each for row in theirs[-each:]]
 
     # --- checkpoints: the same numbers after a kill at any moment ---
@@ -527,7 +527,7 @@ def check_writable(folder: str, flag: str):
 
 
 def fault_of(folder: str) -> str | None:
-    """What is wrong with a checkpoint on the disk: a file that lacks, or has another size than it was written with."""
+    """What is wrong with a checkpoint on the disk: a file is missing, or its size is not the one that was written."""
     path = Path(folder, "state.json")
     try:
         _, _, sizes = json.loads(path.read_text())

@@ -35,7 +35,7 @@ def other_score(
     return scores[select]
 
 
-def kl(logits_NV: torch.Tensor, noised_logits_NV: torch.Tensor, tokens_N: torch.Tensor) -> torch.Tensor:
+def kl_of_readings(logits_NV: torch.Tensor, noised_logits_NV: torch.Tensor, tokens_N: torch.Tensor) -> torch.Tensor:
     """KL(P‖Q) of the two readings, (N,), in nats: what --select kl has in place of the JSD. It has no upper bound."""
     logp_NV = logits_NV.log_softmax(-1)
     logq_NV = noised_logits_NV.log_softmax(-1)

@@ -57,8 +57,9 @@ class Update:
     def add(self, batch: torch.Tensor, **numbers: torch.Tensor):
         """Adds numbers of a pass to the sums of the step."""
         for name, number in numbers.items():
-            before = self.sums.get(name, 0.0)
-            self.sums[name] = before + number.detach() if self.counts(batch) else before
+            self.sums.setdefault(name, 0.0)  # every process sums the same names
+            if self.counts(batch):
+                self.sums[name] = self.sums[name] + number.detach()
 
     def compare(self, batch: torch.Tensor, logp_bT: torch.Tensor):
         """Compares what was read of a pass's answers with what the sampler gave: the metric sampler_gap."""

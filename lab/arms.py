@@ -37,7 +37,7 @@ WARM = dict(
 )
 OPD_STEPS = 40
 OVERTRAINED = 10  # times the tokens of the early-stopped run
-RL_AFTER = RL | dict(max_steps=16)  # behind a warm start
+RL_AFTER = RL | dict(max_steps=16)  # after a warm start
 
 # --- doubt: which tokens to credit ------------------------------------------------------------------------------------
 
@@ -194,7 +194,7 @@ BEFORE_RL = ("sft", "overtrained")
 
 
 def arms_of_hand(world):
-    """{arm: Spec} of one world: the same GRPO from the base, and behind each SFT. These are runs of stage1, but one."""
+    """{arm: Spec} of one world: the same GRPO from the base, and after each SFT. These are runs of stage1, but one."""
     found = arms_of_stage1(world)
     for start in WARM_STARTS:
         if start not in BEFORE_RL:
@@ -286,7 +286,7 @@ def quickly(spec):
 
 
 def smaller(data):
-    """A few problems of the same kind, held-out ones from the split `test`."""
+    """A few problems of the same kind, from `test` in place of `fresh` and from `ood` in place of `skill`."""
     shown = data.replace("@fresh", "@test").replace("@skill", "@ood")
     return shown.partition(":")[0] + f":{QUICK_COUNT}"
 

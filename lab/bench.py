@@ -68,7 +68,7 @@ except ImportError:
     trl = None  # not one of the project's requirements: without it the part is skipped
 
 MICRO = 64  # answers in a forward pass, on both sides
-# T/S of the curve, and the least that the plain update should cost of ours there
+# T/S of the curve, and there the wanted ratio: the plain update's cost over ours
 SHARES = {0.25: ">= 3", 0.5: ">= 2.4", 1: ">= 1.8", 2: ">= 1.35", 4: ">= 1.15"}
 VOCABULARY = 151_936  # of the part memory
 LENGTH = 512  # tokens of its answers
@@ -675,16 +675,16 @@ def parse(argv=None):
     parser.add_argument("--problems", type=whole, default=16, help="P, problems in a step")
     parser.add_argument("--num_generations", type=whole, default=8, help="G, answers to each")
     parser.add_argument("--mupo_problems", type=whole, default=64, help="P of the part mupo, whose G is 15")
-    parser.add_argument("--max_completion_length", type=whole, help="tokens of an answer (64; of --plan: 2048)")
+    parser.add_argument("--max_completion_length", type=whole, help="most tokens in an answer (64; with --plan: 2048)")
     parser.add_argument("--shape", choices=("tiny", *SHAPES),
                         help="measure grpo.py at this size instead, with random weights")
-    parser.add_argument("--device", choices=devices, default="cpu", help="of --shape; the comparisons are the CPU's")
-    parser.add_argument("--pixels", type=whole, default=1_000_000, help="of --shape's pictures")
+    parser.add_argument("--device", choices=devices, default="cpu", help="for --shape; the comparisons run on the CPU")
+    parser.add_argument("--pixels", type=whole, default=1_000_000, help="for --shape and --plan: pixels of a picture")
     parser.add_argument("--plan", metavar="MODEL", help=f"plan a run instead: {', '.join(SHAPES)}, or a model's folder")
-    parser.add_argument("--gpus", type=whole, default=8, help="of --plan")
-    parser.add_argument("--memory", type=whole, default=80, help="of --plan: GB of each GPU")
-    parser.add_argument("--teacher", help="of --plan: a model that only reads, split over the same GPUs")
-    parser.add_argument("--mean_length", type=whole, default=350, help="of --plan: tokens of an answer on average")
+    parser.add_argument("--gpus", type=whole, default=8, help="for --plan: how many GPUs")
+    parser.add_argument("--memory", type=whole, default=80, help="for --plan: GB of each GPU")
+    parser.add_argument("--teacher", help="for --plan: a model that only reads, split over the same GPUs")
+    parser.add_argument("--mean_length", type=whole, default=350, help="for --plan: tokens of an answer on average")
     parser.add_argument("--output", default="results/bench.json", help="where the numbers go")
     args = parser.parse_args(argv)
     if args.max_completion_length is None:

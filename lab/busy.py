@@ -1,12 +1,12 @@
-"""What a second process on the machine costs a run: the seconds of a step, quiet and beside it, by how threads wait.
+"""What a second process on the machine costs a run: the seconds of a step, alone and beside it, by how threads wait.
 
     python lab/busy.py          about eight minutes on two idle cores; prints a table, writes results/busy.json
 
 Threads of OpenMP that wait for each other spin for a while before they sleep. Where another process holds a core, the
 one that is waited for does not run, and spinning only takes its time. harness/threads.py sees that, and spins less.
-Compared are that, a long spin always (OpenMP's own), and no spin at all; each quiet, beside a process that keeps one
-core busy, and pinned to one core. The settings take turns, and a figure is the median over all steps but the first of
-each run.
+Three ways are compared: ours, always a long spin (OpenMP's own), and no spin at all; each on a quiet machine, beside a
+process that keeps one core busy, and pinned to one core. The settings take turns, and a figure is the median over all
+steps but the first of each run.
 """
 
 import argparse

@@ -8,7 +8,7 @@ in part. The first studies, made before there were worlds, stand as "absent" (re
     open       the bound lies inside the interval
     no case    the claim speaks of a case that did not arise in this world
 
-A claim of several tests holds if all of them do and fails if one does. One seed gives no verdict: it stays open.
+A claim of several tests holds if all of them hold and fails if one of them fails. With one seed it stays open.
 Everything is computed from the table of a study (lab/measures.py), which is committed as results/STUDY-problems.json.
 """
 
@@ -133,7 +133,8 @@ class Ranks:
         return measures.ends(found_D[0], found_D[1:])
 
     def __str__(self):
-        return f"rank correlation of coverage and pass@1 lost, over {len(self.selections)} selections in each world"
+        return (f"rank correlation of coverage and pass@1 gained over all tokens, {len(self.selections)} selections in "
+                "each world")
 
 
 def point_of(table, world, arm):

@@ -118,8 +118,8 @@ def phrases(results, path):
     panels = by_data_set(results)
     highest = max(max(entry["phrases"].values()) for entry in results)
     lines = max(len(entries) for entries in panels.values())
-    caption = ("Occurrences per answer, mean over all answers. The eight phrases are VLAA-Thinker's, which counts "
-               "them, and the tokens of an answer, as signs of recited reasoning.")
+    caption = ("Occurrences per answer, mean over all answers. The eight phrases are VLAA-Thinker's: it takes them, "
+               "and the length of an answer in tokens, as signs of recited reasoning.")
     with matplotlib.rc_context(STYLE | {"axes.grid": False}):
         figure = frame("Phrases of hesitation in an answer", caption, len(panels) * (0.3 * lines + 0.8) + 0.7)
         axes = figure.subplots(len(panels), 1, squeeze=False)[:, 0]
@@ -156,10 +156,10 @@ def ways(groups, path):
     """
     everyone = list(groups[0]["texts"])
     models = everyone[:MOST]
-    left_out = f" Of {len(everyone)} models the first {MOST}." if len(everyone) > MOST else ""
+    left_out = f" Only the first {MOST} of {len(everyone)} models are shown." if len(everyone) > MOST else ""
     caption = ("Each row: one plane, the first two principal components of all models' embedded reasoning, and one set "
-               "of clusters. Filled: right; hollow: wrong; equal answers side by side. At the right: each cluster's "
-               "most central answer." + left_out)
+               "of clusters. Filled: right; hollow: wrong; equal answers side by side. At the right, by cluster: how "
+               "many answers of each model it holds, from left to right, and its most central answer." + left_out)
     with matplotlib.rc_context(CLUSTER_STYLE):
         figure = frame("The same problems, answered by each model", caption, 1.75 * len(groups) + 0.8)
         figure.get_layout_engine().set(w_pad=0.1, h_pad=0.14)  # room for the problems' texts, which have no part in it

@@ -32,7 +32,7 @@ from harness.diagnostics import first_wrong_tokens
 from harness.flags import MODEL_FLAGS, at_least, launch, not_negative
 from harness.prompts import check_prompts
 from harness.run import Run, write_atomically
-from harness.selections import SELECTIONS, kl, other_score
+from harness.selections import SELECTIONS, kl_of_readings, other_score
 from lab import pictures
 from lab.measures import share_interval
 from lab.oracle import ORACLES, keep_marked, oracle_scores
@@ -66,7 +66,7 @@ def read_selections(text):
 
 def look(logits_NV, noised_logits_NV, tokens_N):
     """What the selections are made of, each (N,): vepo.py's three signals, and the KL of the two readings."""
-    return *vepo.visual_signals(logits_NV, noised_logits_NV), kl(logits_NV, noised_logits_NV, tokens_N)
+    return *vepo.visual_signals(logits_NV, noised_logits_NV), kl_of_readings(logits_NV, noised_logits_NV, tokens_N)
 
 
 def kept_tokens(selection, rollout, signals, *, tokenizer, seed):
@@ -147,7 +147,7 @@ def tally(run, policy, processor, problems, *, selections):
     """Samples, reads and counts, some problems at a time."""
     args = run.args
     counts = Tally(selections)
-    for start in tqdm(range(0, len(problems), CHUNK), desc="answers read"):
+    for start in tqdm(range(0, len(problems), CHUNK), desc=f"read, {CHUNK} problems at a time"):
         rollout = sample(
             policy, processor, problems[start:start + CHUNK], args.num_generations, seed=(args.seed, "coverage"),
             max_completion_length=args.max_completion_length, temperature=args.temperature,
@@ -193,7 +193,7 @@ def show(result):
     lines = [f"{sum(result['wrong'])} first wrong tokens of {result['model']} on {result['dataset']}"]
     for text, found in result["selections"].items():
         value, low, high = found["coverage"]
-        lines.append(f"{text:16} coverage {value:.3f} [{low:.3f}, {high:.3f}]   of all tokens kept {found['kept']:.3f}")
+        lines.append(f"{text:16} coverage {value:.3f} [{low:.3f}, {high:.3f}]   kept {found['kept']:.3f} of tokens")
     total = sum(result["first"].values())
     lines.append("they are: " + ", ".join(f"{kind} {count / total:.0%}" for kind, count in result["first"].items()))
     return "\n".join(lines)
@@ -207,7 +207,7 @@ def draw(result, path):
         colour = pictures.PALETTE.get(text.partition(":")[0], pictures.PALETTE["other"])
         covered.append((text, colour, [found["coverage"]]))
         kept.append((text, colour, [[found["kept"]] * 3]))
-    headline = f"What each selection credits of the first mistakes of {result['model']}"
+    headline = f"How many of {result['model']}'s first mistakes each selection credits"
     caption = (f"{sum(result['wrong'])} answers to {len(result['wrong'])} problems of {result['dataset']} end wrong. "
                "Coverage: the share of their first wrong tokens with credit; 95% interval over problems.")
     panels = [("First wrong tokens with credit", "%", covered), ("All tokens with credit", "%", kept)]

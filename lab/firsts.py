@@ -1,4 +1,4 @@
-"""What every script learns on the tabletop with its own settings: nobody's flags, three seeds.
+"""What every script learns on the tabletop with its own settings: no tuned flags, three seeds.
 
     python lab/firsts.py             about an hour on two cores; resumable, as the studies are
     python lab/firsts.py --seeds 1   the first seed alone
@@ -69,7 +69,8 @@ def draw(bench, path):
         folders[name] = [bench.folder(name, seed) for seed in bench.specs[name].seeds]
     colours = {name: pictures.PALETTE[colour] for name, colour in COLOURS.items()}
     return pictures.overlay(
-        folders, path, keys=["accuracy", "entropy"], headline="Faded pictures, learned: every script's own settings",
+        folders, path, keys=["accuracy", "entropy"],
+        headline="Learning to read faded pictures: every script with its own settings",
         colours=colours)
 
 
@@ -87,7 +88,7 @@ def main(args):
 
 def parse(argv=None):
     parser = Parser("firsts", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=at_least(1), default=SEEDS, help="the first so many seeds of each script")
+    parser.add_argument("--seeds", type=at_least(1), default=SEEDS, help="how many seeds of each script to run")
     parser.add_argument("--jobs", type=at_least(1), default=os.cpu_count(), help="runs at the same time, a core each")
     parser.add_argument("--output", default="results", help="folder for firsts.json and firsts.png")
     return parser.parse_args(argv)

@@ -4,15 +4,15 @@
     python lab/gpu.py --shapes tiny --device cpu         the same path in seconds, anywhere
 
 It needs nothing but the machine: random weights, pictures of noise, no network, no checkpoint. Each case runs in a
-process of its own, so that one that runs out of memory ends alone; its last line then stands in the table. What does
-not fit by the plan (lab/plan.py) is only sampled and read. The second step is measured, by the clock.
+process of its own, so that one that runs out of memory ends alone; its last line then stands in the table. What grpo.py
+cannot update by the plan (lab/plan.py) it only samples and reads. The second step is measured, by the clock.
 
-    decoding    bytes that must be read, weights once and the cache once for every token of a wave, by seconds and by
-                the bandwidth of a large copy on this machine; sampling reads its prompts in these seconds too
+    decoding    bytes that must be read, weights once and the cache once for every token of a wave, divided by seconds
+                and by the bandwidth of a large copy on this machine; the seconds include reading the prompts
     updating    operations of the model, 6 for every weight and token (the recomputed layers are not counted) and those
-                of attention, by seconds and by the speed of a large bf16 product on this machine
-    vepo        seconds of its step by those of grpo.py's
-    peak        of the memory that torch had allocated, beside the larger of the plan's two
+                of attention, divided by seconds and by the speed of a large bf16 product on this machine
+    vepo        seconds of its step divided by those of grpo.py's
+    peak        the most memory that torch had allocated, beside the larger of the plan's two peaks
 
 THIS HAS NEVER BEEN RUN ON A GPU. The tests run it on a CPU with a tiny model.
 """
@@ -291,7 +291,7 @@ def table(args, found):
         f"{args.pixels:,} pixels, random weights. A large copy moves {machine['bandwidth'] / 1e9:,.0f} GB/s, a large "
         f"product does {machine['flops'] / 1e12:,.1f} TFLOP/s.",
         "",
-        "| | sampling | updating | bandwidth while sampling | operations of the update | peak, planned | step, by "
+        "| | sampling | updating | bandwidth while sampling | operations of the update | peak, planned | step over "
         "grpo's |",
         "|---|---|---|---|---|---|---|",
     ]
@@ -338,8 +338,8 @@ def parse(argv=None):
     parser.add_argument("--pixels", type=whole, default=1_000_000, help="of a picture")
     parser.add_argument("--output", default="results/gpu.md", help="where the table goes; its numbers beside it")
     parser.add_argument("--one", help="measure only this case and print its row")
-    parser.add_argument("--shape", help="of --one")
-    parser.add_argument("--machine", help="of --one: what the machine can do, as json")
+    parser.add_argument("--shape", help="for --one: the size to measure")
+    parser.add_argument("--machine", help="for --one: what the machine can do, as json")
     return parser.parse_args(argv)
 
 

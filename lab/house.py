@@ -1,10 +1,11 @@
-"""The house as a picture: its rooms, and an arrow for every import between them.
+"""The house as a picture: its rooms, and arrows for the imports between them.
 
     python lab/house.py          prints the arrows, and draws them into results/house.png
 
 Arrows point down only: lab and forks stand on the scripts and on common, the scripts on common, the tabletop on common,
-common on the harness. Two imports run up, inside functions of common.py, because hardly a run needs them: the tabletop
-by its name, and the picture at a run's end. tests/tools/test_house.py holds all of this.
+common on the harness. Two imports run up, inside functions of common.py, so that importing common needs neither: the
+tabletop, when a model or data set is named so, and the pictures at a run's end. tests/tools/test_house.py holds all of
+this.
 """
 
 import argparse

@@ -34,10 +34,10 @@ PANELS = [
     ("Visual tokens missed by entropy", "%", {"missed_by_entropy": ""}),
     ("First wrong tokens with credit", "%", {"coverage": ""}),
     ("Cluster size", "answers", {"largest_cluster": "largest", "smallest_cluster": "smallest"}),
-    ("Clusters that only diversity moves", "%", {"only_diversity_clusters": ""}),
+    ("Clusters with credit from diversity alone", "%", {"only_diversity_clusters": ""}),
     ("Loss", "nats a token", {"eval_loss": "held-out", "loss": "training"}),
     ("Gradient norm", "before clipping", {"grad_norm": ""}),
-    ("Sampler against reading", "nats a token", {"sampler_gap": ""}),
+    ("Gap between sampler and reading", "nats a token", {"sampler_gap": ""}),
     ("Time for a step", "s", {"seconds": "whole", "seconds_sample": "sampling", "seconds_update": "update"}),
 ]
 

@@ -149,7 +149,8 @@ def agreement(row, *, answers=15, clusters=3, least=3):
 #   answers    world → arm → in or out (of domain) → seeds, n, and for each seed and problem:
 #              right (of n), entropy, distinct, ...; and types, the verifier of each problem, where there are several
 #   steps      world → arm → seeds, and for each seed the metrics SERIES along its steps
-#   coverage   world → wrong, and for each selection credited: numbers of first wrong tokens, one for each problem
+#   coverage   world → noise → wrong, and for each selection credited: numbers of first wrong tokens, one for each
+#              problem
 
 
 def collect(bench, watched, kept, agreeing=()):
@@ -159,7 +160,7 @@ def collect(bench, watched, kept, agreeing=()):
     compared with the styles of their answers.
     """
     table = dict(answers={}, steps={}, coverage={})
-    for name, (world, arm) in tqdm(watched.items(), desc="answers counted"):
+    for name, (world, arm) in tqdm(watched.items(), desc="runs counted"):
         spec = bench.specs[name]
         if spec.script == "eval_passk.py":
             arms = table["answers"].setdefault(world, {})

@@ -4,7 +4,7 @@
     python lab/oracle.py --select conclusions    what follows from the reading, up to the end of the answer
 
 All else is vepo.py, with every flag it has. An oracle picks a class of tokens, not a share, so --keep must be 1.
-No paper has it: it says what a selection could do at best that knows where doubt matters.
+No paper has it: it shows the best that a selection could do if it knew where doubt matters.
 """
 
 import sys

@@ -8,8 +8,8 @@ NAMES = {  # what an arm is called in a picture
     "base": "base",
     "all": "all tokens (GRPO)",
     "entropy": "top entropy",
-    "vepo": "VEPO, a fifth",
-    "vepo-half": "VEPO, a half",
+    "vepo": "VEPO top fifth",
+    "vepo-half": "VEPO top half",
     "jsd": "top JSD",
     "random": "random",
     "oracle": "oracle",
@@ -100,7 +100,7 @@ def caption_of(rows, table):
     said = {}
     for row in rows:
         world = WORLDS.get(row["world"], row["world"]).capitalize()
-        said.setdefault(world, []).append(f"{row['id']} {row['verdict']}")
+        said.setdefault(world, []).append(f"{row['id']} ({row['verdict']})")
     verdicts = ". ".join(f"{world}: {', '.join(words)}" for world, words in said.items())
     first = next(iter(table["answers"][rows[0]["world"].split(", ")[0]].values()))["in"]
     return (f"Means over up to {len(first['seeds'])} seeds and {len(first['right'][0])} held-out problems, 95% "
@@ -112,7 +112,7 @@ def caption_of(rows, table):
 
 def draw_doubt(table, rows, bench, place):
     panels = [panel(table, "doubt", world, f"pass@1: {WORLDS[world]}", key="pass@1") for world in arms.DOUBT]
-    one = pictures.dots(panels, place / "doubt.png", "The same steps with credit for other tokens, in four worlds",
+    one = pictures.dots(panels, place / "doubt.png", "The same steps with different tokens credited, in four worlds",
                         caption_of(rows, table), columns=2)
     return [one, draw_coverage(table, rows, place)]
 
@@ -129,7 +129,7 @@ def draw_coverage(table, rows, place):
                 x=measures.ends(point["coverage"], point["covered_D"]),
                 y=measures.ends(point["gain"], point["gained_D"])))
     low, high = found["interval"]
-    headline = f"What a selection loses, by what it covers: rank correlation {found['estimate']:.2f}"
+    headline = f"Coverage against pass@1 after training: rank correlation {found['estimate']:.2f}"
     caption = (f"95% interval of the correlation: {low:.2f} to {high:.2f}. Coverage is measured on the base, before "
                "any training: the share of first wrong tokens with credit. Lines: 95% intervals.")
     return pictures.crosses(points, place / "coverage.png", headline, caption,
@@ -159,7 +159,7 @@ def draw_stage1(table, rows, bench, place):
             panel(table, "stage1", world, "pass@16", key="pass@16"),
             panel(table, "stage1", world, "entropy", key="entropy"),
         ]
-    one = pictures.dots(panels, place / "stage1.png", "Hollow: the warm start. Full: after the same GRPO",
+    one = pictures.dots(panels, place / "stage1.png", "Hollow: the warm start. Filled: after the same GRPO",
                         caption_of(rows, table), columns=4)
     return [one]
 
@@ -174,7 +174,7 @@ def draw_sft_or_rl(table, rows, bench, place):
             panel(table, "sft_or_rl", world, "hesitations in an answer", key="hesitations"),
         ]
     of_hands = [row for row in rows if row["world"] in arms.HANDS]
-    one = pictures.dots(panels, place / "sft_or_rl.png", "Hollow: before RL. Full: after the same GRPO",
+    one = pictures.dots(panels, place / "sft_or_rl.png", "Hollow: before RL. Filled: after the same GRPO",
                         caption_of(of_hands, table), columns=4)
     return [one, draw_verifiers(table, rows, place)]
 
@@ -190,7 +190,7 @@ def draw_verifiers(table, rows, place):
         panels.append((f"pass@1: {verifier}", "%", lines))
     here = [row for row in rows if row["world"] == arms.MIXED]
     return pictures.dots(panels, place / "verifiers.png", "GRPO with five verifiers, and with each one left out",
-                         caption_of(here, table), columns=3)
+                         caption_of(here, table) + " A panel has the fifth with its verifier.", columns=3)
 
 
 def draw_curves(bench, world, names, path, *, keys):

@@ -4,7 +4,7 @@
 
 Each peak is measured in a process of its own: VmHWM of Linux's /proc, above what the process held before it had a
 model. The steps are those of a run: two passes of an update with Adam's moments there, or a wave in which no answer
-ends. The C library is told to give memory back at once, as else its own losses are measured.
+ends. The C library is told to give memory back at once; otherwise what it holds on to would be measured too.
 """
 
 import argparse

@@ -231,7 +231,8 @@ def curves(output_dir, path=None):
             lines = [curve(rows, key, names[key], colour)
                      for key, colour in zip(found, PALETTE.values(), strict=False)]
             panels.append(Panel(title if len(found) > 1 else NAMES[found[0]], unit, lines))
-    caption = f"{about(args)}. Thin: single steps; bold: running mean; held-out: not smoothed, with 95% interval."
+    caption = (f"{about(args)}. Thin: single steps; bold: running mean; held-out: not smoothed, accuracy with its 95% "
+               "interval.")
     return draw(panels, path or Path(output_dir) / "curves.png", headline_of(rows), caption)
 
 
@@ -271,7 +272,7 @@ def overlay(runs, path, keys=None, headline=None, colours=None):
         raise UserError(f"{', '.join(runs)}: these runs logged no metric in common at the same steps")
     ends = ", ".join(f"{line.label} {show(line.y[-1], panels[0].unit)}" for line in panels[0].lines)
     counts = sorted({len(seeds) for seeds in logs.values()})
-    band = "Held-out: 95% interval"
+    band = "Held-out accuracy: 95% interval"
     if counts != [1]:
         band = f"Mean and range over {'–'.join(map(str, counts))} seeds"
     headline = headline or f"{panels[0].title} at the end: {ends}"
@@ -461,7 +462,7 @@ def signals(output_dir):
     source, rows = load_last(output_dir, "signals.jsonl", SIGNALS)
     headline = f"{show(missed_by_entropy(rows), '%')} of the top-20% JSD tokens are not among the top 20% by entropy"
     caption = (f"{source}, {len(rows)} answers. JSD: between the predictions with the picture and with a noised one. "
-               "The top 20% are taken within each answer. Thin lines: a fifth of all tokens lies beyond.")
+               "The top 20% are taken within each answer. Beyond each thin line: a fifth of all tokens.")
     with matplotlib.rc_context(STYLE):
         figure = frame(headline, caption, 5.2)
         axis = figure.add_subplot(xlabel="entropy of the token, nats", ylabel="JSD, nats")
@@ -576,7 +577,8 @@ def clusters(output_dir, pictures=None):
     height = max(ROW, 0.5 * max(len(set(row["labels"])) for row in rows))
     shown = any(row["id"] in pictures for row in rows)
     with matplotlib.rc_context(CLUSTER_STYLE):
-        figure = frame(f"Cosine distance of two answers: {cosine_distances(rows)}", caption, height * len(rows) + 0.8)
+        figure = frame(
+            f"Cosine distance between two answers: {cosine_distances(rows)}", caption, height * len(rows) + 0.8)
         figure.get_layout_engine().set(w_pad=0.1)
         axes = figure.subplots(len(rows), 3, squeeze=False, width_ratios=[1.3 if shown else 0.001, 1.9, 5.5],
                                subplot_kw=dict(anchor="NW"))

@@ -6,8 +6,8 @@
 The arithmetic is harness/memory.py's. Its constants were fitted to peaks measured on a CPU; lab/peaks.py measures such
 peaks, and says how far the plan is off (results/peaks.json).
 
-NOTHING OF THIS HAS BEEN MEASURED ON A GPU YET. A plan is made for the worst case, in which all answers of a wave run to
-the limit. GB are 10⁹ bytes.
+NONE OF THIS HAS BEEN MEASURED ON A GPU YET. A plan is made for the worst case, in which all answers of a wave run to
+the limit. A GB is 10⁹ bytes.
 """
 
 import dataclasses

@@ -98,7 +98,7 @@ SHADES = {  # the signals of a token that can be shown
     "jsd": Shade("JSD", " nats", "230 159 0", "how far a noised picture moves the prediction"),
     "entropy": Shade("Entropy", " nats", "86 180 233", "how much the policy hesitates"),
     "delta_entropy": Shade("|ΔH|", " nats", "0 158 115", "how much a noised picture changes the entropy"),
-    "score": Shade("Score", "", "204 121 167", "from the three, what the tokens are kept by"),
+    "score": Shade("Score", "", "204 121 167", "combined from the three; the highest are kept"),
 }
 
 
@@ -258,7 +258,7 @@ def finish(output_dir, pictures=None):
     if has_rows(output_dir, "signals.jsonl"):
         link = f'<p><a href="{tokens(output_dir, pictures).name}">Answers token by token</a></p>'
         picture = data_uri(signals(output_dir).read_bytes())
-        more += MORE.format(title="Which tokens look, and which hesitate", picture=picture, link=link)
+        more += MORE.format(title="Which tokens look at the picture, and which hesitate", picture=picture, link=link)
     if has_rows(output_dir, "clusters.jsonl"):
         picture = data_uri(clusters(output_dir, pictures).read_bytes())
         more += MORE.format(title="Ways of reasoning, by cluster", picture=picture, link="")

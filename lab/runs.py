@@ -232,7 +232,7 @@ class Bench:
             os.utime(folder / "job.json", (made, made))
 
     def is_missed(self, name, seed):
-        """Whether a finished run lies here without its model (lab/carry.py), and a run starts there that is to be made.
+        """Whether a finished run is here without its model (lab/carry.py) though a run still to be made starts from it.
         """
         if (self.folder(name, seed) / self.specs[name].last).exists():
             return False
@@ -273,7 +273,7 @@ class Bench:
         left = list(self.running)
         for process in left:
             process.terminate()
-        for process in left:  # each ends behind its present step
+        for process in left:  # each ends after its present step
             process.wait()
 
     def make_all(self, desc="runs"):

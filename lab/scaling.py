@@ -3,14 +3,14 @@
     python lab/scaling.py            some minutes on one core; writes results/scaling.json and results/scaling.png
     python lab/scaling.py --dials V  measures V again; the other rows of results/scaling.json stay
 
-Ratios: transformers' generate by our sampler, every answer to the limit, and the plain update by ours, T/S about .5; at
-4, 8 and 16 answers to a prompt, three sizes of picture, three widths of the model.
+Ratios: the cost of transformers' generate over that of our sampler, every answer to the limit, and of the plain update
+over ours, T/S about .5; at 4, 8 and 16 answers to a prompt, three sizes of picture, three widths of the model.
 
-Costs: CPU seconds of sampling and of updating, one dial at a time. A cost is taken for a + b·xⁿ, fitted so that the
+Costs: CPU seconds of sampling and of updating, one dial at a time. A cost is modelled as a + b·xⁿ, fitted so that the
 relative errors are smallest; a is what a step costs whatever the dial, and n is the exponent. Attention is timed by
 itself too: it alone may grow faster than the tokens do. What is left without it is fitted as "others".
 
-All is measured in one process and one thread. Ratios are medians of pairs in turn, costs the least of some.
+All is measured in one process and one thread. Ratios are medians over pairs, costs the smallest of several runs.
 """
 
 import argparse
@@ -216,9 +216,9 @@ def draw(found, path):
     """Ratios in the upper row, costs and their exponents in the lower one, where both axes are logarithmic."""
     with pictures.matplotlib.rc_context(pictures.STYLE):
         figure = pictures.frame(
-            "What a step costs beside the plain way, and how it grows",
-            "Above: how many times our cost transformers' generate and the plain update cost. Below: CPU seconds on "
-            "one core, and the exponent n of a + b·xⁿ.", 2 * pictures.ROW + 1.4)
+            "What a step costs compared with the plain way, and how that cost grows",
+            "Above: the cost of transformers' generate and of the plain update, as multiples of ours. Below: CPU "
+            "seconds on one core, and the exponent n of a + b·xⁿ.", 2 * pictures.ROW + 1.4)
         rows = {"ratios": RATIOS, "costs": COSTS}
         grid = figure.add_gridspec(2, len(RATIOS) * len(COSTS))
         for row, (what, dials) in enumerate(rows.items()):
@@ -265,7 +265,7 @@ def parse(argv=None):
     parser = Parser("scaling", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=at_least(1), default=3, help="how often each is measured")
     parser.add_argument("--dials", nargs="+", choices=NAMES, default=list(NAMES),
-                        help="what to turn; of the others the rows that --output has stay")
+                        help="what to measure; for the other dials, the rows in --output are kept")
     parser.add_argument("--output", default="results/scaling.json", help="where the numbers go; the picture beside it")
     return parser.parse_args(argv)
 

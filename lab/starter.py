@@ -1,4 +1,4 @@
-"""Starts scripts in processes of their own that need not import torch and transformers first: seconds for each.
+"""Starts scripts in processes that need not import torch and transformers anew, which saves seconds each time.
 
     starter = Starter()
     started = starter.start(dict(command=["grpo.py", "--max_steps=3"], environment=os.environ | {}, cwd=".", ...))

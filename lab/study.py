@@ -5,14 +5,14 @@
     python lab/study.py stage1             which warm start, and what it leaves behind (arXiv 2606.09059)
     python lab/study.py sft_or_rl          is it worth imitating first? (VLAA-Thinker, arXiv 2504.11468)
     python lab/study.py doubt ways --plan  what would be run, and how long it would take; runs nothing
-    python lab/study.py doubt --quick      a few steps and problems, to see it work; no number of it means anything
+    python lab/study.py doubt --quick      a few steps and problems, to see that it works; its numbers mean nothing
 
 lab/arms.py says what is run, lab/claims.py what is claimed and how it is judged, lab/measures.py how sure that is.
 
 Every run is a call of one of this repository's scripts in its own folder of runs/study. A run that is finished is not
 run again; one that was stopped continues where it was. At the end a study writes
 
-    results/STUDY-problems.json    what every arm answered to every held-out problem: all verdicts follow from this
+    results/STUDY-problems.json    the counts of every arm on every held-out problem: all verdicts follow from this
     results/claims.json            every claim in every world: estimate, interval, verdict, commands, hash of the code
     results/STUDY.json             the measures of every arm with their intervals
     results/STUDY.png              and other pictures, with the worlds side by side
@@ -195,8 +195,10 @@ def show(result, rows):
                 cells = ["{0} {1:.3f} [{2:.3f}, {3:.3f}]".format(key, *values[key]) for key in keys if key in values]
                 lines.append(f"{world:18}{arm:18}{split:4}" + "  ".join(cells))
     for row in rows:
-        lines += ["", f"{row['id']}  {row['verdict'].upper()} in {row['world']} (premise {row['position']}): "
-                      f"{row['claim']}"]
+        position = row["position"]
+        if position in ("present", "in part", "absent"):
+            position = f"premise {position}"
+        lines += ["", f"{row['id']}  {row['verdict'].upper()} in {row['world']} ({position}): {row['claim']}"]
         for test in [*row["tests"], *([row["when"]] if "when" in row else [])]:
             low, high = test["interval"]
             lines.append(f"    {test['what']}: {test['estimate']:+.4f} [{low:+.4f}, {high:+.4f}], {test['side']} "
@@ -229,9 +231,9 @@ def parse(argv=None):
     parser.add_argument("studies", nargs="+", choices=tuple(arms.STUDIES), metavar="STUDY",
                         help=f"which ones: {', '.join(arms.STUDIES)}")
     parser.add_argument("--plan", action="store_true", help="say what would be run and how long it takes; run nothing")
-    parser.add_argument("--pack", metavar="FILE", help="put finished runs into this file, for another machine; no more")
+    parser.add_argument("--pack", metavar="FILE", help="only put finished runs into this file, for another machine")
     parser.add_argument("--unpack", metavar="FILE", help="take finished runs from this file first")
-    parser.add_argument("--seeds", type=at_least(1), default=5, help="the first so many seeds of each arm")
+    parser.add_argument("--seeds", type=at_least(1), default=5, help="how many seeds of each arm to run, at most")
     parser.add_argument("--quick", action="store_true", help="few steps, few problems, in runs/study-quick")
     parser.add_argument("--jobs", type=at_least(1), default=os.cpu_count(), help="runs at the same time, a core each")
     parser.add_argument("--output", help="folder for the json and the pictures (default: results)")

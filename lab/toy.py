@@ -121,7 +121,7 @@ def picture(path: str | Path) -> None:
 
 
 def dials(path: str | Path) -> None:
-    """Draws one problem in every world, with what the base of that world is taught to write."""
+    """Draws one problem in every world, with what its base is taught to write (in toy-hand, its teacher)."""
     names = [name for name in WORLDS if name not in ("toy-clear", "toy-short")]
     figure = Figure(figsize=(14, 2.1 * len(names)), layout="constrained")
     rows = figure.subplots(len(names), 2, width_ratios=(1, 6))
@@ -133,7 +133,7 @@ def dials(path: str | Path) -> None:
         if world.describes:
             problem = problem_of("train", 4, world)
         show_picture(left, problem["images"][0])
-        if world.ways != "all":
+        if world.ways == "parts":
             show_lines(left, problem["spec"].grid)
         texts = {style: lesson(problem["spec"], style, world, random.Random(f"dial {style}"))
                  for style in traces(problem)}

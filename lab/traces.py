@@ -12,12 +12,12 @@
     5. split      traces with a phrase of hesitation (harness/phrases.py) go to the RL set, the others to the SFT set
     6. filter     the SFT set in order of its perplexity under the model to be trained; the lowest --keep stay
 
-Any causal or vision-language checkpoint that transformers loads can play any part; a part that names none is played by
---model, the model to be trained. A caption needs a model that sees. No other part is shown the picture, unless
---show_picture names it. Captions that were written elsewhere can be given with --captions.
+Any causal or vision-language checkpoint that transformers loads can play any part; a part for which none is named is
+played by --model, the model to be trained (verify: by the rules). A caption needs a model that sees. No other part is
+shown the picture, unless --show_picture names it. Captions that were written elsewhere can be given with --captions.
 
 Every step keeps its rows in a file of its own, a wave of problems at a time: the same command goes on where it was
-stopped, and a step that is done is not done again. At the end stand in --output_dir
+stopped, and a step that is done is not done again. At the end --output_dir holds
 
     sft.jsonl          problems with a trace, the lowest perplexity first: sft.py --dataset OUT/sft.jsonl:5000
     rl.jsonl           problems whose trace hesitated: grpo.py --dataset OUT/rl.jsonl
@@ -30,7 +30,7 @@ code as a large model, but it is shown the picture when it reasons and rewrites 
 takes from the text. Its traces are in another hand, that of the world toy-hand.
 
 Departures from the paper: the prompts are ours. A rewritten trace has the reasoning and the boxed answer, without what
-a reasoner says behind its thinking. We do not know how the paper judges open-ended answers.
+a reasoner says after its thinking. We do not know how the paper judges open-ended answers.
 """
 
 import collections
@@ -98,7 +98,7 @@ def opened(text):
 
 
 def said(text):
-    """What a model says behind its thinking, if it thinks."""
+    """What a model says after its thinking, if it thinks."""
     return text.rpartition("</think>")[2].strip()
 
 
@@ -340,7 +340,7 @@ def reasoned(item, text):
         return row_of(item, CUT)
     trace = opened(text)
     if format_reward(item.problem, trace) == 0:
-        return row_of(item, "no reasoning, or no answer behind it")
+        return row_of(item, "no reasoning, or no answer after it")
     return row_of(item, trace=trace)
 
 
@@ -472,12 +472,12 @@ def flags(parser):
     parser.add_argument("--rewrite_prompt", default=REWRITE, help="must hold {reasoning}")
     parser.add_argument("--verify_prompt", default=VERIFY, help="must hold {gold} and {answer}, may hold {question}")
     parser.add_argument("--show_picture", default="",
-                        help="steps beside caption whose model is shown the picture, with commas between: "
+                        help="steps other than caption whose model is shown the picture, separated by commas: "
                              "reason,rewrite,verify (the paper: none)")
     parser.add_argument("--betrays", default="caption,captions,description,described",
-                        help="words that no rewritten trace may hold, with commas between")
+                        help="words that no rewritten trace may contain, separated by commas")
     parser.add_argument("--keep", type=at_least(0), default=0, help="N, traces that the filter keeps (0: all)")
-    parser.add_argument("--wave", type=at_least(1), default=64, help="problems answered between two writes")
+    parser.add_argument("--wave", type=at_least(1), default=64, help="problems to answer before each write to disk")
 
 
 def check_flags(args):
@@ -489,7 +489,7 @@ def check_flags(args):
     for flag, needed in NEEDS.items():
         lacking = [word for word in needed if word not in vars(args)[flag]]
         if lacking:
-            raise UserError(f"--{flag} lacks {lacking[0]}, where that text would be put in")
+            raise UserError(f"--{flag} lacks {lacking[0]}, the place where that text goes")
         step = flag.removesuffix("_prompt")
         if "<image>" in vars(args)[flag] and step not in ("caption", *args.show_picture.split(",")):
             raise UserError(f"--{flag} has a place for a picture, which step {step} is not shown: give --show_picture, "

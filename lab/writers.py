@@ -1,4 +1,4 @@
-"""Models that write: any causal or vision-language checkpoint that transformers loads, behind one door.
+"""Models that write: any causal or vision-language checkpoint that transformers loads, behind one interface.
 
     writer = load_writer(name, run)
     writer.sees                             whether it reads pictures
@@ -91,7 +91,7 @@ class Ours:
 
     @torch.no_grad()
     def surprise(self, asked, texts):
-        """Mean −log p of a token of each text, its end token included. An answer is read behind its own prompt."""
+        """Mean −log p of a token of each text, its end token included. An answer is read after its own prompt."""
         rollout = forced(self.policy, self.processor, asked, texts)
         logp_BT = read(token_logps, rollout, self.policy, batches=torch.arange(len(texts)).split(8))
         return (-logp_BT.sum(1) / rollout.mask_BT.sum(1)).tolist()
@@ -215,7 +215,7 @@ class Hub:
 
 
 def lengthened(name, value, ids, inputs):
-    """An input of the model with the tokens of a text behind it: their ids, seen (1), and no picture's (0)."""
+    """An input of the model with the tokens of a text after it: their ids, seen (1), and no picture's (0)."""
     if value.shape[:2] != inputs["input_ids"].shape[:2] or value.dim() != 2:
         return value  # pictures
     if name == "input_ids":

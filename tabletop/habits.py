@@ -1,4 +1,4 @@
-"""What the base of a world is taught to write: traces with that world's habits, good and bad.
+"""What a world's base is taught to write (in toy-hand: its teacher): traces with the world's habits, good and bad.
 
     misread      doubt "see": some cells are taken for others, and all that follows fits what was read
     misjudged    doubt "think": the reading is right, the conclusion is another picture's

@@ -1,8 +1,8 @@
 """toy-judge: a reward model for descriptions, which sees the picture. It plays the role of a real reward model.
 
-It is toy-teacher with a score head in the place of its words, trained on pairs of descriptions of practice pictures to
-score the better one higher (Bradley and Terry's loss, −log σ(S(better) − S(worse))). Which one is better is known,
-since the picture is known: the more cells show what a description names, the better it is.
+It is toy-teacher with a score head in place of its language-model head, trained on pairs of descriptions of practice
+pictures to score the better one higher (Bradley and Terry's loss, −log σ(S(better) − S(worse))). Which one is better
+is known, since the picture is known: the more cells show what a description names, the better it is.
 
 It is made on first use, in less than a minute on one core, and kept in the user's cache like the bases.
 """

@@ -104,7 +104,7 @@ class Recipe:
 
 
 def derived(world: str, **changes) -> Recipe:
-    """The base of a world: the common base with 100 more steps on the world's own traces."""
+    """The base (or a teacher) of a world: the common base with more steps, 100 by default, on its traces."""
     settings = dict(
         size=STUDENT, start="toy", world=WORLDS[world], steps=100, muon=5e-3, adam=1.5e-3, decay=0.5, warmup=5,
     )

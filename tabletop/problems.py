@@ -12,8 +12,8 @@
     places     practice for the second skill, unlimited
     describe   practice for descriptions, unlimited
 
-Every world has these problems, index by index; it decides how the pictures look and in what words the traces are. A
-mixed world has a description behind every four of them.
+Worlds share these problems, index by index, and decide how the pictures look and in what words the traces are. A mixed
+world has a description after every four of them; `skill` is only in the world with a second skill.
 """
 
 import hashlib
@@ -183,7 +183,7 @@ def named(split: str, index: int, world: World) -> tuple[str, Spec]:
 
 
 def fade_of(split: str, world: World) -> float:
-    """How faded the pictures of a split are. The second skill is asked for on clear ones: there is only to lose."""
+    """How faded the pictures of a split are. The second skill is asked for on clear ones: it can only be lost."""
     return 0.0 if split in SKILLS else world.fade
 
 

@@ -61,7 +61,7 @@ def trace(
 ) -> str:
     """One worked answer. `concluded`: the picture from which the conclusion is drawn (default: the one that is read).
 
-    filler() gives the words that stand before a cell's name, each with a space before it, or "".
+    filler() gives the filler word that stands before a cell's name, or "".
     """
     if concluded is None:
         concluded = spec
@@ -202,7 +202,7 @@ class FirstWrong:
 
     tokens: the decoded tokens of an answer, the end token included. Gives the place of the first token after which no
     trace of this problem can be reached any more, or None for an answer that follows a trace to its end. Filler words
-    are passed over. The styles differ in their first word, so behind it there is one trace to follow.
+    are passed over. The styles differ in their first word, so after it there is one trace to follow.
     """
 
     spec: Spec

@@ -65,5 +65,5 @@ def world_of(name: str) -> World:
     """The world called `name`. UserError for a name that is none."""
     if name not in WORLDS:
         raise UserError(f"there is no toy world called {name!r}; choose one of {', '.join(WORLDS)} "
-                        f"(a file of your own that is called so: write ./{name})")
+                        f"(for a file of your own with that name, write ./{name})")
     return WORLDS[name]

@@ -35,7 +35,7 @@ from tqdm import tqdm
 
 NAME = "toy-writer"
 CAPTION = "Describe the picture."
-# Texts stand before the picture: behind it, they would move it further from the answer than its start ever saw it.
+# Texts stand before the picture: after it, they would move it further from the answer than its start ever saw it.
 REASON = "{caption}\n<image>{question}\n" + INSTRUCTION
 REWRITE = "{reasoning}\n<image>{question}\nRewrite."
 SEEN = "I see"

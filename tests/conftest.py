@@ -26,7 +26,7 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.fixture(autouse=True)
 def signals_as_before():
-    """A run that a test left by an error does not listen for signals any more: they are pytest's again."""
+    """Puts pytest's signal handlers back: a run that a test left by an error would go on listening."""
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
     yield
     for number, handler in before.items():

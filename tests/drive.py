@@ -54,7 +54,7 @@ def die(*args, **kwargs):
 
 
 class Run(harness.run.Run):
-    """A run on one thread, which can be killed behind a line of its log."""
+    """A run on one thread, which can be killed after a line of its log."""
 
     def __init__(self, args):
         super().__init__(args)

@@ -97,7 +97,7 @@ def look_up(fn, rollout, policy):
 
 
 def random_table(seed, scale=1.0):
-    """(12, 5) numbers, 0 behind an answer's end, as log-probs are read."""
+    """(12, 5) numbers, 0 after an answer's end, as log-probs are read."""
     random = torch.Generator().manual_seed(seed)
     numbers_BT = scale * torch.randn(12, 5, generator=random, dtype=torch.float64)
     return numbers_BT * invented().mask_BT
@@ -211,7 +211,7 @@ def test_loss_and_gradient_are_those_written_by_hand(tmp_path, script, by_hand, 
 def test_gspo_clips_an_answer_whole(ratio, advantage):
     """ε_low = 0.05, ε_high = 0.06. One token is far above its answer's ratio, one as far below: neither counts alone.
 
-    A third column is behind the end of the answer: what stands there changes nothing.
+    A third column is after the end of the answer: what stands there changes nothing.
     """
     logp = torch.tensor([[math.log(ratio) + 0.7, math.log(ratio) - 0.7, 5.0]], dtype=torch.float64, requires_grad=True)
     old_logp = torch.tensor([[0.0, 0.0, -3.0]], dtype=torch.float64)

@@ -77,7 +77,7 @@ def test_a_forbidden_id_has_no_gradient():
 # --- what the gradient is: answers of two tokens ----------------------------------------------------------------------
 #
 # A policy over answers of two tokens is one vector of V + V·V logits: V for the first token, then V for the second
-# behind each first. There are few enough answers to enumerate.
+# after each first. There are few enough answers to enumerate.
 
 ANSWERS = [(a, b) for a in range(V) for b in range(V)]
 STUDENT = random_logits(V + V * V, scale=1.0)
@@ -90,7 +90,7 @@ def first(x):
 
 
 def second(x, a):
-    """The logits of the second token behind the first token a."""
+    """The logits of the second token after the first token a."""
     return x[V + V * a:V + V * a + V]
 
 
@@ -242,7 +242,7 @@ def test_forward_is_the_other_direction_on_the_students_answers():
 
 @pytest.fixture(scope="module")
 def teacher_folder(tmp_path_factory):
-    """Another untrained model, wider than the student and with more rows of padding behind its vocabulary."""
+    """Another untrained model, wider than the student and with more rows of padding after its vocabulary."""
     place = tmp_path_factory.mktemp("model") / "teacher"
     models.untrained(str(place), models.RECIPES["toy-teacher"], seed=2)
     return str(place)
@@ -432,4 +432,5 @@ def test_a_teacher_with_another_tokenizer_is_refused(capsys, folder, teacher_fol
     change(other)
     for student, teacher in ((folder, other), (other, folder)):
         line = refusal(capsys, student, tmp_path / "out", *ONE_STEP, "--teacher", teacher, script="opd")
-        assert f"--teacher {teacher} has another tokenizer than {student}: {words} words differ" in line
+        said = f"--teacher {teacher} and {student} have different tokenizers: {words} tokens differ"
+        assert said in line

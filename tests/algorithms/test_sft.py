@@ -367,5 +367,5 @@ def test_soft_targets_need_the_same_tokenizer(capsys, folder, tmp_path, taught, 
     """Known before the teacher has sampled anything."""
     one_more_word(other_teacher)
     flags = (*taught, "--soft_targets", "--teacher", other_teacher)
-    assert "another tokenizer" in refusal(capsys, folder, tmp_path / "out", *flags, script="sft")
+    assert "different tokenizers" in refusal(capsys, folder, tmp_path / "out", *flags, script="sft")
     assert not (tmp_path / "traces.jsonl").exists()

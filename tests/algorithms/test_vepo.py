@@ -143,12 +143,12 @@ def test_ablations_are_what_they_are_called(monkeypatch):
 def test_kl_against_brute_force():
     """KL(P‖Q), term by term; 0 where the readings agree, and not symmetric."""
     p, q = random_logits(30, 7), random_logits(30, 7, seed=2)
-    found = selections.kl(p, q, None)
+    found = selections.kl_of_readings(p, q, None)
     for i in range(30):
         terms = zip(probabilities(p[i].tolist()), probabilities(q[i].tolist()), strict=True)
         assert float(found[i]) == pytest.approx(sum(a * math.log(a / b) for a, b in terms), abs=1e-12)
-    assert selections.kl(p, p + 5.0, None).max() < 1e-12
-    assert not torch.allclose(selections.kl(q, p, None), found)
+    assert selections.kl_of_readings(p, p + 5.0, None).max() < 1e-12
+    assert not torch.allclose(selections.kl_of_readings(q, p, None), found)
 
 
 def test_random_scores_depend_on_the_answer_alone(rollout):
@@ -175,7 +175,7 @@ def test_top_fraction_against_brute_force(fraction):
     generator = torch.Generator().manual_seed(3)
     for n in [*range(1, 41), 100, 300]:
         score_BT = torch.randint(0, 4, (1, n + 3), generator=generator).float()  # many ties
-        score_BT[0, n:] = 9.0  # behind the answer's end, and must not count
+        score_BT[0, n:] = 9.0  # after the answer's end, and must not count
         mask_BT = torch.cat([torch.ones(1, n), torch.zeros(1, 3)], 1)
         kept_BT = vepo.top_fraction(score_BT, mask_BT, fraction)
         expected = brute_force_top(score_BT[0, :n].tolist(), fraction)

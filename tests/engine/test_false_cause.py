@@ -81,7 +81,7 @@ def test_trap_false_cause(folder, tmp_path, monkeypatch, capsys, thing):
     monkeypatch.setattr(module, name, stand_in)
     with pytest.raises(SystemExit) as caught:
         drive.go("grpo", "--model", folder, "--output_dir", tmp_path / "run", *ONE_STEP)
-    errors = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]  # behind the progress bar
+    errors = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]  # after the progress bar
     assert caught.value.code == 2
     assert len(errors) == 1
     for words in says:

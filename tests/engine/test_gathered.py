@@ -87,7 +87,7 @@ def test_a_failed_sample_does_not_spoil_the_next_reading(sharded, loaded, proces
 
 
 def hooks(model):
-    """(before, behind) the forward pass of every unit but the root."""
+    """(before, after) the forward pass of every unit but the root."""
     units = [module for module in model.modules() if isinstance(module, FSDPModule) and module is not model]
     assert len(units) > 4
     return [(len(unit._forward_pre_hooks), len(unit._forward_hooks)) for unit in units]
@@ -95,7 +95,7 @@ def hooks(model):
 
 @pytest.mark.parametrize("fails", [False, True])
 def test_layers_have_no_hooks_while_weights_are_gathered(sharded, processor, problems, fails):
-    """They cost a quarter of a decoded token's time. Behind it there is one of each again, whatever happened inside."""
+    """They cost a quarter of a decoded token's time. Afterwards there is one of each, whatever happened inside."""
     called = []
     layer = sharded.model.language_model.layers[0]
     own = layer.register_forward_pre_hook(lambda *given: called.append(isinstance(layer.mlp.up_proj.weight, DTensor)))

@@ -82,7 +82,7 @@ def test_several_processes_give_the_run_of_one(folder, tmp_path, script, flags, 
 
 @pytest.mark.parametrize("began, ends", [((2, 1), (4, 2)), ((4, 2), (2, 1))], ids=["2 to 4", "4 to 2"])
 def test_a_run_goes_on_with_another_number_of_processes(folder, tmp_path, script, flags, alone, began, ends):
-    """Killed behind the line of its second step: a checkpoint of the first is all there is."""
+    """Killed after the line of its second step: a checkpoint of the first is all there is."""
     place = tmp_path / "run"
     killed = start(script, folder, place, *flags, processes=began[0], NODES=str(began[1]), KILL_AT="2")
     assert killed.returncode != 0

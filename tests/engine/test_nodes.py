@@ -60,7 +60,7 @@ def test_two_nodes_give_the_run_of_one_process(folder, tmp_path, alone):
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_what_two_nodes_began_goes_on_with_fewer_processes(folder, tmp_path, alone, processes):
-    """Killed behind the line of the second step: a checkpoint of the first, written by two nodes, is all there is."""
+    """Killed after the line of the second step: a checkpoint of the first, written by two nodes, is all there is."""
     place = tmp_path / "run"
     command = ("--model", folder, *SMALL, "--num_generations", 3, *FLAGS, "--output_dir", place)
     killed = run_script("tests/drive.py", "grpo", *command, processes=4, timeout=180, NODES="2", KILL_AT="2")

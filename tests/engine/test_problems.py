@@ -263,7 +263,7 @@ SOLUTION = "Step 1: We have 5 = a * -1.\nStep 2: So a = -5.\n\n†Answer: y = -5
 
 
 def test_vlaa_thinking(tmp_path):
-    """Paths that begin with a slash, gold answers behind †Answer, traces that end in tags, a count as a number."""
+    """Paths that begin with a slash, gold answers after †Answer, traces that end in tags, a count as a number."""
     rows = [
         vlaa_row("digit", "3"),
         vlaa_row("mcq", "A)", image="clevr_math/0.png", question="Which?\nA) red\nB) blue"),
@@ -567,7 +567,7 @@ def test_a_smaller_sign_is_no_place(tmp_path):
 
 
 def test_data_sets_are_mixed(tmp_path):
-    """One behind the other, each with its count; an id begins with its data set, though both count from 0."""
+    """One after the other, each with its count; an id begins with its data set, though both count from 0."""
     first = geometry3k(tmp_path / "one/train-00000-of-00001.parquet")
     second = write_jsonl(tmp_path, [row(id="0"), row(id="1")])
     problems = load_problems(f"{first}:2,{second}@train,toy@test:1")

@@ -27,7 +27,7 @@ def args(folder, resume=False):
 
 
 def processes(tmp_path, body, start=run_script):
-    """Runs `body` behind START in two processes."""
+    """Runs `body` after START in two processes."""
     path = tmp_path / "two.py"
     path.write_text(START + textwrap.dedent(body))
     return start(path, processes=2, cwd=tmp_path, timeout=120)
@@ -98,7 +98,7 @@ DIES = """
 
     launch("grpo", main, lambda parser: None)
 """
-LAST_WORDS = "error (rank 0): another process of this run has ended; its own last words say why"
+LAST_WORDS = "error (rank 0): another process of this run has ended; its own error line says why"
 
 
 def test_a_process_that_dies_ends_the_others(tmp_path):

@@ -348,7 +348,7 @@ def test_a_problem_is_given_the_size_that_the_model_sees(processor):
 
 
 def test_the_texts_around_a_problem(folder, problems):
-    """--system_prompt begins the chat, --instruction stands behind the problem; empty, neither is there."""
+    """--system_prompt begins the chat, --instruction stands after the problem; empty, neither is there."""
     def prompt(**texts):
         processor = common.load_policy(folder, args=of_the_world(**texts))[1]
         return common.chat(processor, problems[4])

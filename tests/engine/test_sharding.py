@@ -30,7 +30,7 @@ FOUR_STEPS = (*FLAGS, "--max_steps", 4, "--save_steps", 2)
 
 @pytest.fixture(scope="module")
 def teacher_folder(tmp_path_factory):
-    """Another untrained model, wider than the student and with more rows of padding behind its vocabulary."""
+    """Another untrained model, wider than the student and with more rows of padding after its vocabulary."""
     place = tmp_path_factory.mktemp("model") / "teacher"
     models.untrained(str(place), models.RECIPES["toy-teacher"], seed=2)
     return str(place)
@@ -114,7 +114,7 @@ def die():
 
 
 def test_killed_and_resumed_to_the_same_numbers(folder, teacher_folder, tmp_path, alone, monkeypatch):
-    """Ends behind the third line, a checkpoint behind the second; then --resume: bitwise the same."""
+    """Ends after the third line, a checkpoint after the second; then --resume: bitwise the same."""
     place = tmp_path / "killed"
     flags = (*FOUR_STEPS, "--teacher", teacher_folder)
     monkeypatch.setattr(driver, "die", die)

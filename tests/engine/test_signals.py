@@ -1,4 +1,4 @@
-"""SIGTERM and SIGUSR1: a run ends behind its step with a checkpoint, and goes on to the same numbers."""
+"""SIGTERM and SIGUSR1: a run ends after its step with a checkpoint, and goes on to the same numbers."""
 
 import os
 import signal
@@ -54,7 +54,7 @@ def signal_at_call(monkeypatch, module, name, *, number, times=1, which=signal.S
 
 
 def assert_goes_on(folder, place, whole, step):
-    """The run ended behind `step` and does not look finished; with --resume it becomes the run nobody asked to end."""
+    """The run ended after `step` and does not look finished; with --resume it becomes the run nobody asked to end."""
     assert [path.name for path in place.glob("checkpoint*")] == [f"checkpoint-{step}"]
     assert len(metrics(place)) == step + 1
     assert not (place / "config.json").exists()

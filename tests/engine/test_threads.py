@@ -36,8 +36,8 @@ def wait_until(true, seconds=20):
 
 @ON_LINUX
 def test_trap_busy_cores(two_threads):
-    """Threads that spin while others hold a core take four times as long. OpenMP spins shortly when it has more threads
-    than cores: so a crowded machine gets an extra team, of a thread and one worker, and a quiet one none."""
+    """Threads that spin while others hold a core take four times as long. OpenMP spins only briefly when it has more
+    threads than cores: so a crowded machine gets an extra team, of a thread and one worker, and a quiet one none."""
     torch.zeros(threads.SPLIT).add_(1)  # this thread's own team
     watch = threads.Watch()
     before = tasks()

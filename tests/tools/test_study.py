@@ -1,4 +1,4 @@
-"""lab/study.py and lab/runs.py: each run is made once, behind what it needs; a study goes from end to end."""
+"""lab/study.py and lab/runs.py: each run is made once, after what it needs; a study goes from end to end."""
 
 import json
 import os
