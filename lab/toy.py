@@ -135,8 +135,10 @@ def dials(path: str | Path) -> None:
         show_picture(left, problem["images"][0])
         if world.ways == "parts":
             show_lines(left, problem["spec"].grid)
-        texts = {style: lesson(problem["spec"], style, world, random.Random(f"dial {style}"))
-                 for style in traces(problem)}
+        texts = {}
+        for name_of_style in traces(problem):
+            draw = random.Random(f"dial 5 {name_of_style}")  # one in which every habit shows
+            texts[name_of_style] = lesson(problem["spec"], name_of_style, world, draw)
         show_texts(right, problem["problem"], name, texts)
     save(figure, path)
 
