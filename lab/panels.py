@@ -190,7 +190,7 @@ def draw_verifiers(table, rows, place):
         panels.append((f"pass@1: {verifier}", "%", lines))
     here = [row for row in rows if row["world"] == arms.MIXED]
     return pictures.dots(panels, place / "verifiers.png", "GRPO with five verifiers, and with each one left out",
-                         caption_of(here, table) + " A panel has the fifth with its verifier.", columns=3)
+                         caption_of(here, table) + " Each panel: the fifth of them with that verifier.", columns=3)
 
 
 def draw_curves(bench, world, names, path, *, keys):
