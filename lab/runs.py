@@ -6,11 +6,14 @@ its script and flags, how many seconds it took, and a hash of the code that made
 """
 
 import concurrent.futures
+import contextlib
+import fcntl
 import hashlib
 import json
 import os
 import queue
 import shutil
+import signal
 import sys
 import threading
 import time
@@ -277,7 +280,12 @@ class Bench:
             process.wait()
 
     def make_all(self, desc="runs"):
-        """Does all runs with all their seeds."""
+        """Does all runs with all their seeds. UserError where another process is doing runs in the same folder."""
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # however it is stopped, it stops its runs
+        with alone_in(self.place):
+            self.make_each(desc)
+
+    def make_each(self, desc):
         pool = concurrent.futures.ThreadPoolExecutor(self.jobs)
         futures = {}
         for name, spec in self.specs.items():
@@ -352,6 +360,21 @@ class Bench:
                 raise UserError(
                     f"{self.folder(name, seed)} was run with --{key} {other.get(key)}, "
                     f"seed {first_seed} with {first.get(key)}; move one of them away")
+
+
+@contextlib.contextmanager
+def alone_in(place):
+    """Keeps other processes from doing runs in this folder meanwhile: two would write into the same files.
+
+    The system gives up the lock when this process ends, however it ends.
+    """
+    place.mkdir(parents=True, exist_ok=True)
+    with open(place / ".lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{place}: another process is doing runs there; wait until it ends, or stop it") from None
+        yield
 
 
 def argv_of(flags):

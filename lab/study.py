@@ -21,7 +21,6 @@ run again; one that was stopped continues where it was. At the end a study write
 import argparse
 import json
 import os
-import signal
 import sys
 from collections import Counter
 from pathlib import Path
@@ -210,7 +209,6 @@ def show(result, rows):
 
 
 def main(args):
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # however a study is stopped, it stops its runs
     place = Path(args.output or ("runs/study-quick" if args.quick else "results"))
     if args.plan:
         print(plan(args))

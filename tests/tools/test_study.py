@@ -119,6 +119,13 @@ def test_a_run_that_was_stopped_behind_its_last_file_is_made_anew(home):
     assert bench.job("toy/opd-grpo", 1)["whole"]
 
 
+def test_two_studies_at_a_time_do_not_write_into_the_same_runs(home):
+    with runs.alone_in(home / "runs"), pytest.raises(UserError, match="runs: another process is doing runs there"):
+        bench_of(home, few(1)).make_all()
+    assert not (home / "calls").exists()
+    bench_of(home, few(1)).make_all()
+
+
 def changed(specs, name, **flags):
     specs[name] = specs[name]._replace(flags=specs[name].flags | flags)
 
