@@ -46,7 +46,7 @@ from harness.disk import fingerprint
 from harness.embedding import load_embedder, reasoning, spread
 from harness.flags import MODEL_FLAGS, at_least, launch
 from harness.phrases import PHRASES, hesitations
-from harness.prompts import check_prompts, fitting, list_skipped, prompt_settings
+from harness.prompts import check_prompts, fitting, list_skipped, prompt_settings, sizes_in_words
 from harness.run import Run, bootstrap, write_atomically
 
 import numpy as np
@@ -131,7 +131,7 @@ def answer_all(run, model, name, problems, *, judge):
 
     def prepare(left):
         policy, processor = load_policy(model, run)
-        check_prompts(processor, left, args)
+        run.say(f"{model} on {name}: {sizes_in_words(check_prompts(processor, left, args))}")
         same = dict(settings, seed=(args.seed, "eval"), sample_batch_size=args.sample_batch_size)
 
         def answer(some):

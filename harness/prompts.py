@@ -121,16 +121,22 @@ def check_problems(
     if args.prompts_per_step > len(problems):
         raise UserError(f"--prompts_per_step {args.prompts_per_step}: {args.dataset} has {len(problems)} problems; "
                         "lower it")
-    lengths = check.lengths + other.lengths
     kinds = check.kinds + other.kinds
     counts = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
-    run.say(f"{len(problems)} problems to train on, {len(held_out)} held out ({counts}); prompts of {min(lengths)} to "
-            f"{max(lengths)} tokens; {check.scaled + other.scaled} pictures scaled down, "
-            f"{check.enlarged + other.enlarged} enlarged")
+    run.say(f"{len(problems)} problems to train on, {len(held_out)} held out ({counts}); "
+            f"{sizes_in_words(check, other)}")
     if args.reward_model != "none" and "open_ended" not in kinds:
         run.say(f"--reward_model {args.reward_model} scores nothing here: no problem is open_ended")
     list_skipped(run)
     return problems, held_out
+
+
+def sizes_in_words(*checks: PromptCheck) -> str:
+    """How long the prompts are, and how many of their pictures are resized to fit the limits."""
+    lengths = [length for check in checks for length in check.lengths]
+    scaled = sum(check.scaled for check in checks)
+    enlarged = sum(check.enlarged for check in checks)
+    return f"prompts of {min(lengths)} to {max(lengths)} tokens; {scaled} pictures scaled down, {enlarged} enlarged"
 
 
 def list_skipped(run: Run, shown: int = 10):

@@ -152,7 +152,7 @@ def test_the_fall_of_diversity_is_paired():
 
 @pytest.fixture(scope="module")
 def evaluated(folder, tmp_path_factory):
-    """An evaluation on two data sets: its folder, the command without its folder, and what it printed."""
+    """An evaluation on two data sets: its folder, the command without its folder, and how it ended."""
     place = tmp_path_factory.mktemp("eval") / "out"
     command = (
         "eval_passk.py",
@@ -167,12 +167,13 @@ def evaluated(folder, tmp_path_factory):
     )
     done = run_script(*command, place)
     assert done.returncode == 0, done.stderr
-    return place, command, done.stdout
+    return place, command, done
 
 
 def test_an_evaluation_writes_what_it_says(evaluated):
     """The number of samples, the temperature and the k stand beside the numbers, a part for each data set."""
-    place, _, shown = evaluated
+    place, _, done = evaluated
+    shown = done.stdout
     first, second = json.loads((place / "eval.json").read_text())
     assert first["problems"] == 6
     assert second["problems"] == 4
@@ -180,6 +181,7 @@ def test_an_evaluation_writes_what_it_says(evaluated):
     assert first["temperature"] == 1.0
     assert first["ks"] == [1, 2, 4]
     assert set(first["verifiers"]) <= {"digit", "mcq", "math", "iou"}
+    assert "toy@ood:4: prompts of " in done.stderr
     assert "pass@4" in shown
     assert (place / "pass_at_k.png").read_bytes()[:4] == b"\x89PNG"
     assert (place / "diversity.png").read_bytes()[:4] == b"\x89PNG"

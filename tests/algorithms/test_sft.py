@@ -358,6 +358,14 @@ def test_soft_targets(folder, tmp_path, monkeypatch, taught, other_teacher):
     assert line["grad_norm"] > 0.01
 
 
+def test_too_few_traces_for_a_step_are_one_line(capsys, folder, tmp_path, taught, one):
+    """24 problems have at most 72 traces: with 70 held back, no step of 8 is left."""
+    flags = (*taught, "--held_out_traces", 70, "--prompts_per_step", 8)
+    line = refusal(capsys, folder, tmp_path / "out", *flags, script="sft")
+    assert "there are only" in line
+    assert "fewer --held_out_traces" in line
+
+
 def test_soft_targets_need_a_teacher(capsys, folder, tmp_path):
     line = refusal(capsys, folder, tmp_path / "out", *FLAGS, "--soft_targets", script="sft")
     assert "name a --teacher" in line

@@ -6,7 +6,7 @@ import math
 import common
 from common import encode, read, sample, token_entropy, token_logps
 from harness.flags import INSTRUCTION, of_the_world
-from harness.prompts import check_prompts
+from harness.prompts import check_prompts, sizes_in_words
 
 import pytest
 import torch
@@ -319,6 +319,7 @@ def test_scaled_pictures_and_kinds_of_problems_are_counted(processor, problems):
     check = check_prompts(processor, problems, args)
     assert check.scaled == 2  # 56x140 and 112x112
     assert check.enlarged == 1  # 112x56
+    assert sizes_in_words(check, check).endswith("; 4 pictures scaled down, 2 enlarged")
     assert check.kinds == {"digit": 5}
 
 
