@@ -486,6 +486,7 @@ def rows_of(study, table):
 # --- claims.json ------------------------------------------------------------------------------------------------------
 
 FIRST = {"E": "vepo", "V": "vepo", "M": "mupo", "S": "stage1"}  # the study of results/first, by a claim's first letter
+FIRST_COMMIT = "fd1bbc4"  # whose code made them
 
 
 def first_rows(study):
@@ -512,7 +513,7 @@ def first_row(claim, old, found, path):
     return dict(
         id=claim.id, claim=old["claim"], paper=claim.paper, premise=claim.premise, world="the first tabletop",
         position="absent", arms=list(found["commands"]), seeds=found["seeds"], tests=tests, verdict=old["verdict"],
-        commands=found["commands"], code=[], source=str(path.relative_to(ROOT)))
+        commands=found["commands"], code=[FIRST_COMMIT], source=str(path.relative_to(ROOT)))
 
 
 def with_commands(row, specs, bench):
@@ -525,16 +526,9 @@ def with_commands(row, specs, bench):
             names.append(f"{world}/coverage-noise-2")
         for name in needed(specs, names):
             seed = specs[name].seeds[0]
-            done = bench.job(name, seed)
-            words = [done["script"], *(word_of(key, value) for key, value in done["flags"].items())]
-            commands[name] = " ".join(words).replace(f"{bench.place}/", f"runs/{bench.place.name}/")
+            commands[name] = bench.shown(name, seed)
             hashes |= {bench.job(name, seed)["code"] for seed in specs[name].seeds}
     return row | dict(commands=commands, code=sorted(hashes))
-
-
-def word_of(key, value):
-    """A flag as it stands on a command line."""
-    return f"--{key}" if value is True else f"--{key} {value}"
 
 
 def needed(specs, names):

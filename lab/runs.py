@@ -195,6 +195,12 @@ class Bench:
             flags["traces"] = str(self.folder(name, seed).with_name(f"traces-{seed}.jsonl"))
         return spec.script, flags
 
+    def shown(self, name, seed):
+        """The command of a run for a reader: its paths begin at the repository's root, wherever the run was made."""
+        script, flags = self.command(name, seed)
+        words = [script, *(f"--{key}" if value is True else f"--{key} {value}" for key, value in flags.items())]
+        return " ".join(words).replace(f"{self.place}/", f"runs/{self.place.name}/")
+
     # Doing them:
 
     def make(self, name, seed, needs=()):

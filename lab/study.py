@@ -107,9 +107,7 @@ def summary(name, table, bench):
     """All that results/STUDY.json holds."""
     found = dict(study=name, measures=measures_of(name, table), coverage=coverage_of(table), commands={})
     for run, spec in bench.specs.items():
-        done = bench.job(run, spec.seeds[0])
-        words = [done["script"], *(claims.word_of(key, value) for key, value in done["flags"].items())]
-        found["commands"][run] = " ".join(words).replace(f"{bench.place}/", f"runs/{bench.place.name}/")
+        found["commands"][run] = bench.shown(run, spec.seeds[0])
     if name == "stage1":
         found["learned_from"] = learned_from(bench)
     if name == "ways":

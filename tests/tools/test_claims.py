@@ -316,3 +316,15 @@ def test_the_first_studies_stand_as_absent():
                  for test in row["tests"]]
         assert row["verdict"] == old["verdict"] == claims.verdict(words)
         assert row["position"] == "absent" and row["seeds"] == [1, 2, 3, 4, 5]
+
+
+def test_committed_commands_run_on_any_machine():
+    """No path of theirs begins at the root of a disk, and every row names the code that made it."""
+    rows = json.loads((ROOT / "results/claims.json").read_text())
+    for row in rows:
+        assert row["code"], row["id"]
+    every = [row["commands"] for row in rows]
+    every += [json.loads((ROOT / f"results/{study}.json").read_text())["commands"] for study in arms.STUDIES]
+    for commands in every:
+        for command in commands.values():
+            assert not any(word.startswith("/") for word in command.split()), command
