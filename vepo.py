@@ -37,10 +37,11 @@ also VPPO (KL of the sampled token, top 40%, divided by all tokens), PAPO, and t
 entropy).
 
 On the tabletop (results/doubt.json, five seeds) VEPO's fifth beats the top fifth by entropy where there is doubt that
-does not matter, pass@1 .55 against .47. Where there is none it does not: .73 against .78. At equal steps all tokens
-beat both, with .69 and .79, and the top half by VEPO is level with them. So TOY keeps half. An answer there has some 33
-tokens, and a third of them look at the picture; a 7B writes hundreds, and few of them look. The top 20% by entropy
-missed 60% and 38% of the top 20% by JSD (paper: 41%).
+does not matter: pass@1 .55 against .47 in toy-see-fillers. Without such doubt it loses in toy-see, .73 against .78,
+and is level in toy-think. At equal steps all tokens reach .69, .79 and .80; the top half by VEPO ends within .014 of
+them (no interval goes beyond .036). So TOY keeps half. An answer there has some 33 tokens, and a third of them look at
+the picture; a 7B writes hundreds, and few of them look. The top 20% by entropy missed 60% and 38% of the top 20% by
+JSD in the first two (paper: 41%).
 
 Shapes: P problems, G answers to each, B = P·G answers, T tokens of the longest, N tokens of a chunk, V vocabulary.
 

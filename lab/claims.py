@@ -177,6 +177,7 @@ DOUBTS = (
     ("absent", (arms.FAR,)),
 )
 SEEN = "the doubt that matters is about what is seen, and there is doubt that does not matter"
+SELECTIONS = ("entropy", "vepo", "vepo-half", "jsd", "random", "oracle")
 ABLATIONS = ("entropy", "jsd", "delta", "ungated", "linear", "product", "no-jsd", "no-delta")
 PARTS = "one way of thinking solves what another cannot"
 WAYS = (("present", ("toy-ways-parts",)), ("absent", ("toy-ways-same",)))
@@ -241,7 +242,7 @@ CLAIMS = {
                 ("seen", ("toy-see", "toy-see-fillers")),
                 ("thought", ("toy-think", "toy-think-fillers")),
             ),
-            tests=(Ranks(("entropy", "vepo", "vepo-half", "jsd", "random", "oracle")),),
+            tests=(Ranks(SELECTIONS),),
         ),
         Claim(
             id="E6",
@@ -481,6 +482,35 @@ def rows_of(study, table):
     """All claims of a study in all their positions, as rows of claims.json without commands and code."""
     return [judged(table, claim, position, worlds)
             for claim in CLAIMS[study] for position, worlds in claim.positions]
+
+
+# --- asked afterwards -------------------------------------------------------------------------------------------------
+
+# What was asked once the verdicts had been seen, and in which worlds: it judges nothing, and helps to understand.
+AFTERWARDS = {
+    "doubt": (
+        *((Gap("pass@1", one, "random"), (world,)) for one in ("vepo", "entropy") for world in arms.DOUBT),
+        *((Gap("pass@1", "vepo", "kl"), (world,)) for world in (arms.HOME, arms.FAR)),
+        (Ranks(tuple(one for one in SELECTIONS if one != "vepo-half")), arms.DOUBT),
+        (Ranks(tuple(one for one in SELECTIONS if one != "oracle")), arms.DOUBT),
+    ),
+    "ways": (
+        *((Gap(f"pass@{k}", "base", "grpo"), (world,)) for world in arms.WAYS for k in (2, 4, 8, 16, 32)),
+        *((Gap(f"pass@{k}", "mupo", "grpo"), (world,)) for world in arms.WAYS for k in (2, 8, 16, 32, 64)),
+        *((Gap("pass@1", "mupo", "no-bonus"), (world,)) for world in arms.WAYS),
+        *((Gap("pass@1", "no-bonus", "grpo"), (world,)) for world in arms.WAYS),
+    ),
+}
+
+
+def afterwards(study, table):
+    """The differences of AFTERWARDS in one study, as [{world, what, arms, seeds, estimate, interval}]."""
+    rows = []
+    for test, worlds in AFTERWARDS.get(study, ()):
+        found = tested(table, test, worlds)
+        kept = {key: found[key] for key in ("what", "arms", "seeds", "estimate", "interval")}
+        rows.append(dict(world=", ".join(worlds)) | kept)
+    return rows
 
 
 # --- claims.json ------------------------------------------------------------------------------------------------------

@@ -106,6 +106,7 @@ def write_claims(path, name, rows):
 def summary(name, table, bench):
     """All that results/STUDY.json holds."""
     found = dict(study=name, measures=measures_of(name, table), coverage=coverage_of(table), commands={})
+    found["afterwards"] = claims.afterwards(name, table)
     for run, spec in bench.specs.items():
         found["commands"][run] = bench.shown(run, spec.seeds[0])
     if name == "stage1":

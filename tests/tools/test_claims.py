@@ -292,7 +292,7 @@ def committed():
 
 
 def test_committed_verdicts_follow_from_the_committed_answers():
-    """Every row of claims.json, computed again from what each arm answered to each problem."""
+    """Each row of claims.json computed again from what each arm answered to each problem; what was asked later too."""
     if not committed():
         pytest.skip("no study has been run yet: results/ holds no STUDY-problems.json")
     rows = json.loads((ROOT / "results/claims.json").read_text())
@@ -302,6 +302,8 @@ def test_committed_verdicts_follow_from_the_committed_answers():
         ours = [row for row in rows if row["id"] in ids and "source" not in row]
         for row, new in zip(ours, claims.rows_of(name, table), strict=True):
             assert {key: row[key] for key in new} == new
+        found = json.loads((ROOT / f"results/{name}.json").read_text())
+        assert found.get("afterwards", []) == claims.afterwards(name, table)
 
 
 def test_the_first_studies_stand_as_absent():
