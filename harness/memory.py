@@ -210,8 +210,18 @@ def free_of_machine() -> int:
         free = int(lines["MemAvailable"].split()[0]) * 1024
     limit = CGROUP / "memory.max"
     if limit.exists() and limit.read_text().strip() != "max":
-        free = min(free, int(limit.read_text()) - int((CGROUP / "memory.current").read_text()))
+        free = min(free, int(limit.read_text()) - used_by_container())
     return free
+
+
+def used_by_container() -> int:
+    """The bytes that this container has taken, without files that are in memory and can go at once."""
+    used = int((CGROUP / "memory.current").read_text())
+    details = CGROUP / "memory.stat"
+    if details.exists():
+        lines = dict(line.split() for line in details.read_text().splitlines())
+        used -= int(lines["inactive_file"])
+    return used
 
 
 def check_fits_whole(

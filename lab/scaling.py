@@ -120,11 +120,12 @@ def costs(case, repeats):
     case.update()
     sampling = [sampling_seconds(case) for _ in range(repeats)]
     whole, attention = min(sampling)
+    updating = min(bench.cpu_seconds(case.update) for _ in range(repeats))
     return {
         "sampling": whole,
         "attention, sampling": attention,
-        "updating": min(bench.cpu_seconds(case.update) for _ in range(repeats)),
-        "attention, updating": kernel_seconds(case.update),
+        "updating": updating,
+        "attention, updating": updating * kernel_share(case.update),
     }
 
 
@@ -137,12 +138,13 @@ def sampling_seconds(case):
     return whole, sum(calls)
 
 
-def kernel_seconds(run):
-    """CPU seconds that the kernels of attention take in run()."""
+def kernel_share(run):
+    """The share of the kernels of attention in the time of all operations of run()."""
     with profile(activities=[ProfilerActivity.CPU]) as found:
         run()
-    micro = sum(event.self_cpu_time_total for event in found.key_averages() if event.key in KERNELS)
-    return micro / 1e6
+    events = found.key_averages()
+    attention = sum(event.self_cpu_time_total for event in events if event.key in KERNELS)
+    return attention / sum(event.self_cpu_time_total for event in events)
 
 
 # --- exponents --------------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import functools
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -15,22 +16,28 @@ from PIL import Image
 from watchdog import run_watched
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a name that is no folder must fail at once, not after retries
+TABLES = tempfile.TemporaryDirectory()  # what datasets keeps of the files that it reads
+os.environ["HF_DATASETS_CACHE"] = TABLES.name
 torch.set_num_threads(1)  # the models are tiny: two threads wait for each other more than they work
 
 import common
+import harness.run
 from lab.starter import Starter
 from tabletop import models
 
+harness.run.watch_cores = lambda: None  # the thread would outlive its test; scripts that tests start have it
 ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(autouse=True)
-def signals_as_before():
-    """Puts pytest's signal handlers back: a run that a test left by an error would go on listening."""
+def process_as_before():
+    """Puts pytest's signal handlers back: a run that a test left by an error would go on listening. And its threads: a
+    run takes all cores."""
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
@@ -93,9 +100,15 @@ def pytest_sessionfinish():
 
 
 def free_port():
-    with socket.socket() as some:
-        some.bind(("localhost", 0))
-        return some.getsockname()[1]
+    """A port that nobody listens on, below those that the system hands out by itself."""
+    while True:
+        port = random.randrange(10_000, 32_000)
+        with socket.socket() as some:
+            try:
+                some.bind(("localhost", port))
+            except OSError:
+                continue
+            return port
 
 
 def run_script(*command, timeout=300, processes=1, cwd=ROOT, **environment):

@@ -4,6 +4,7 @@ torchrun gives its processes sessions of their own, so that a limit on torchrun 
 for each other for hours.
 """
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -16,8 +17,9 @@ def children(pid):
     """The processes that a process has started, theirs too; Linux's /proc knows."""
     found = []
     for file in Path(f"/proc/{pid}/task").glob("*/children"):
-        for child in file.read_text().split():
-            found += [int(child), *children(child)]
+        with contextlib.suppress(OSError):  # it has ended by itself meanwhile
+            for child in file.read_text().split():
+                found += [int(child), *children(child)]
     return found
 
 

@@ -9,6 +9,13 @@ from harness.flags import ALL_TABLES, UserError, at_least, is_toy, launch, of_th
 import pytest
 from conftest import ROOT
 
+
+@pytest.fixture(autouse=True)
+def wide(monkeypatch):
+    """A terminal in which --help breaks no value."""
+    monkeypatch.setenv("COLUMNS", "200")
+
+
 SCRIPTS = sorted(path.stem for path in ROOT.glob("*.py") if path.stem != "common")
 
 

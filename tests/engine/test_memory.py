@@ -28,10 +28,10 @@ def test_the_bytes_of_a_model_are_those_of_its_file(folder, tmp_path, dtype):
 
 def test_free_memory_is_shared_by_the_processes_of_a_machine(monkeypatch):
     total = int(Path("/proc/meminfo").read_text().split()[1]) * 1024
-    free = free_memory(CPU)
-    assert 0 < free < total
+    assert 0 < free_memory(CPU) < total
+    monkeypatch.setattr(harness.memory, "free_of_machine", lambda: 4000)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    assert free_memory(CPU) == pytest.approx(free / 4, rel=0.2)
+    assert free_memory(CPU) == 1000
 
 
 def test_a_container_may_have_less(tmp_path, monkeypatch):
@@ -39,6 +39,8 @@ def test_a_container_may_have_less(tmp_path, monkeypatch):
     (tmp_path / "memory.max").write_text("5000\n")
     (tmp_path / "memory.current").write_text("1500\n")
     assert free_memory(CPU) == 3500
+    (tmp_path / "memory.stat").write_text("anon 900\ninactive_file 400\nactive_file 200\n")
+    assert free_memory(CPU) == 3900  # what was read from a disk lately gives way
     (tmp_path / "memory.max").write_text("max\n")
     assert free_memory(CPU) > 10**6
 

@@ -37,7 +37,11 @@ def test_trap_collective_timeout(tmp_path):
     assert timedelta(hours=2) <= harness.run.TIMEOUT
     done = processes(tmp_path, """
         import time
-        harness.run.TIMEOUT = datetime.timedelta(seconds=2)
+        rank = int(os.environ["RANK"])
+        open(f"here-{rank}", "w").close()
+        while not os.path.exists(f"here-{1 - rank}"):
+            time.sleep(0.01)  # they have as little time to find each other
+        harness.run.TIMEOUT = datetime.timedelta(seconds=5)
         run = Run(args("run"))
         began = time.monotonic()
         if run.rank == 1:

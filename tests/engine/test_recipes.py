@@ -29,7 +29,7 @@ from transformers import (
     Qwen3Config,
 )
 
-PAGE = (ROOT / "results/recipes.md").read_text()
+PAGE = (ROOT / "results/recipes.md").read_text(encoding="utf-8")
 COMMANDS = re.findall(r"^ {4}accelerate launch (.*)$", PAGE.replace("\\\n", " "), re.MULTILINE)
 
 

@@ -316,6 +316,7 @@ def test_classifiers_of_other_makers_are_served(tmp_path, kind, changes):
 ])
 def test_what_a_model_cannot_read_is_a_users_error(tmp_path, kind, changes, most):
     """The longest that it reads is served, a word more is refused, whoever knows the limit."""
+    changes = dict(changes)
     model_max_length = changes.pop("model_max_length", None)
     settings = {} if model_max_length is None else dict(model_max_length=model_max_length)
     judge = load_judge(classifier(tmp_path, kind, words(**settings), **changes))

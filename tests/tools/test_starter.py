@@ -46,7 +46,8 @@ def test_a_process_that_ended_at_once_is_seen(tmp_path, monkeypatch):
 
 def test_a_process_can_be_ended(tmp_path):
     started = start(tmp_path, "import time\nopen('begun', 'w').close()\ntime.sleep(600)")
-    while not (tmp_path / "begun").exists():
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "begun").exists() and time.monotonic() < deadline:
         time.sleep(0.05)
     assert started.poll() is None
     started.terminate()
