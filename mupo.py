@@ -227,8 +227,8 @@ RECIPE = dict(
     max_prompt_length=6144,
 )
 TOY = dict(
-    dataset="toy@train", eval_dataset="toy@test", prompts_per_step=32, updates_per_step=4, learning_rate=2e-4,
-    warmup_steps=5, max_steps=30, max_completion_length=64, micro_batch_size=64, train_vision=True,
+    dataset="toy@train", eval_dataset="toy@test", prompts_per_step=48, updates_per_step=4, learning_rate=2e-4,
+    warmup_steps=5, max_steps=25, max_completion_length=64, micro_batch_size=64, train_vision=True,
     gradient_checkpointing=False, num_generations=15, embedder="ngrams", min_pixels=784,
     diversity_weight=0.04, min_diversity_weight=0.01,  # a tenth of the paper's
 )
