@@ -117,7 +117,7 @@ RECIPE = dict(
 )
 TOY = dict(
     dataset="toy@train", eval_dataset="toy@test", prompts_per_step=64, updates_per_step=4, learning_rate=2e-4,
-    warmup_steps=5, max_steps=25, max_completion_length=64, micro_batch_size=64, train_vision=True,
+    warmup_steps=5, max_steps=22, max_completion_length=64, micro_batch_size=64, train_vision=True,
     gradient_checkpointing=False, num_generations=8, overlong_cache=16, min_pixels=784,
 )
 
