@@ -30,7 +30,9 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parents[1]
 POLL = 0.5  # seconds between two looks at a run
 # What shapes the numbers of a run: the hash of the code is over these.
-SOURCES = ("*.py", "harness/*.py", "tabletop/*.py", "tabletop/weights/*/*", "lab/oracle.py", "lab/coverage.py")
+SOURCES = (
+    "*.py", "forks/*.py", "harness/*.py", "tabletop/*.py", "tabletop/weights/*/*", "lab/oracle.py", "lab/coverage.py",
+)
 
 # One run or measurement. start: the run whose model it starts from ("": its flags name a model). needs: the runs that
 # must be done before it. tokens: of sft.py, which trains on this many times the tokens that the first of `needs` did.
